@@ -1,0 +1,1 @@
+"""Each headline figure beside its peer, both measured in the same run: `make benchmark [ONLY=name]`."""

@@ -1,0 +1,251 @@
+"""What a model's YAML declares: every field, its unit, its default and what is wrong with a wrong value."""
+
+import datetime as dt
+from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mlops_dagster.core.metrics import METRICS, PRIMARY, Task, names_for
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Reference = Annotated[
+    str,
+    Field(
+        pattern=r"^\.?[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$",
+        description="Dotted path of a Python object: `.module.name` inside the model's folder, or absolute.",
+    ),
+]
+
+
+class Section(BaseModel):
+    """A part of the declaration: immutable, and a misspelt field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Partitions(Section):
+    """The days that the source has."""
+
+    start: dt.date = Field(description="First day.")
+    end: dt.date | None = Field(None, description="Last day, itself included; absent: until today.")
+    timezone: str = Field("UTC", description="IANA time zone that a day begins and ends in.")
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        if value not in available_timezones():
+            raise ValueError(f"timezone {value!r} is not an IANA name; use one such as 'UTC' or 'America/New_York'")
+        return value
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Partitions":
+        if self.end is not None and self.end < self.start:
+            raise ValueError(f"partitions.end {self.end} is before partitions.start {self.start}; swap them")
+        return self
+
+    def bounds(self, day: dt.date) -> tuple[dt.datetime, dt.datetime]:
+        """The moments at which a day begins and ends (the end belongs to the next day)."""
+        zone = ZoneInfo(self.timezone)
+        begin = dt.datetime.combine(day, dt.time(), zone)
+        return begin, dt.datetime.combine(day + dt.timedelta(days=1), dt.time(), zone)
+
+    def day_of(self, moment: dt.datetime) -> dt.date:
+        """The day that a moment (with a time zone) falls on."""
+        return moment.astimezone(ZoneInfo(self.timezone)).date()
+
+
+class Source(Section):
+    """Where the rows come from."""
+
+    read: Reference = Field(description="`read_day(day) -> table | {name: table}`; the first table is the main one.")
+    row_schema: Reference = Field(alias="schema", description="Pandera schema, or a mapping of table names to schemas.")
+    partitions: Partitions
+    known_after: dict[str, str] = Field(
+        default_factory=dict,
+        description="Column of the main table -> timestamp column from which on it is known; the leakage check masks by it.",
+    )
+    max_rejected_share: Share = Field(0.05, description="Largest share of a day's rows that the schema may reject.")
+
+
+class Features(Section):
+    """The feature views and how they are computed."""
+
+    define: Reference = Field(description="`feature_views(source) -> list` of Feast entities and feature views.")
+    compute: Reference = Field(description="`compute() -> {view: SQL}` over the validated tables, in DuckDB's dialect.")
+    engine: Literal["duckdb", "spark", "ray"] = Field("duckdb", description="What runs the SQL.")
+    lookback_days: int = Field(14, ge=0, le=3660, description="Days before a partition's day that the SQL may read.")
+    max_null_share: Share = Field(0.5, description="Largest share of missing values in a stored feature.")
+
+
+class Label(Section):
+    """What is predicted."""
+
+    column: str = Field(min_length=1, description="Column of the main table; null until the label has landed.")
+    lands_after_hours: float = Field(24, ge=0, description="Hours after the end of a day until its labels are final.")
+
+
+class Training(Section):
+    """How the estimator is made."""
+
+    train: Reference = Field(description="`train(features, label, **parameters) -> estimator`.")
+    task: Task = Field("classification", description="Kind of label.")
+    baseline: Reference | None = Field(None, description="`naive(features) -> predictions`; default: majority class or mean.")
+    export: Reference | None = Field(None, description="`to_onnx(estimator, signature) -> ModelProto`; default: skl2onnx.")
+    engine: Literal["local", "ray"] = Field("local", description="Where `train` runs.")
+    window_days: int = Field(60, ge=1, description="Days of rows that a training set covers, the test days included.")
+    test_days: int = Field(14, ge=1, description="The last days of the window, held out for the evaluation.")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="Passed to `train`; tuning overrides them.")
+
+    @model_validator(mode="after")
+    def _room_for_training(self) -> "Training":
+        if self.test_days >= self.window_days:
+            raise ValueError(f"training.test_days {self.test_days} leaves nothing of window_days {self.window_days}; lower it")
+        return self
+
+
+class Tuning(Section):
+    """The search for parameters."""
+
+    engine: Literal["none", "local", "ray"] = Field("none", description="`none` uses training.parameters as they are.")
+    algorithm: Literal["random", "tpe", "grid", "cmaes", "quasi_random"] = Field("tpe", description="Search algorithm.")
+    trials: int = Field(20, ge=1, description="How many parameter sets are tried.")
+    metric: str | None = Field(None, description="Metric to optimise; default: the gate's.")
+    parameters: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="`{name: {min, max, log?, integer?} | {choices: [...]}}`."
+    )
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> "Tuning":
+        if self.engine != "none" and not self.parameters:
+            raise ValueError("tuning.parameters is empty; name at least one parameter or set tuning.engine to none")
+        return self
+
+
+class Evaluation(Section):
+    """What is looked at on the held-out rows beside the gate."""
+
+    slices: list[str] = Field(default_factory=list, description="Columns whose values are evaluated one by one.")
+
+
+class Gate(Section):
+    """What a version must reach on the held-out rows before it is registered."""
+
+    metric: str = Field("accuracy", description="One of core.metrics.METRICS.")
+    minimum: float | None = Field(None, description="Least value; 0.9 where the metric is accuracy and nothing is said.")
+    maximum: float | None = Field(None, description="Largest value, for metrics where less is better.")
+    tolerance_to_champion: float = Field(0.0, ge=0, description="How much worse than the champion, on the same rows, is allowed.")
+    gain_over_baseline: float | None = Field(None, description="How much better than the naive baseline, on the same rows, is needed.")
+
+    @model_validator(mode="after")
+    def _metric_and_limit_fit(self) -> "Gate":
+        metric = METRICS.get(self.metric)
+        if metric is None:
+            raise ValueError(f"gate.metric {self.metric!r} is unknown; use one of {', '.join(sorted(METRICS))}")
+        wrong = "maximum" if metric.greater_is_better else "minimum"
+        if getattr(self, wrong) is not None:
+            better = "minimum" if wrong == "maximum" else "maximum"
+            raise ValueError(f"gate.{wrong} does not fit the metric {self.metric!r}; use gate.{better}")
+        return self
+
+    @property
+    def limit(self) -> float | None:
+        """The absolute limit on the metric, None where only relative ones are declared."""
+        if METRICS[self.metric].greater_is_better:
+            default = 0.9 if self.metric == "accuracy" and self.gain_over_baseline is None else None
+            return self.minimum if self.minimum is not None else default
+        return self.maximum
+
+
+class Rollout(Section):
+    """How an approved version replaces the one that serves."""
+
+    strategy: Literal["blue_green", "canary", "shadow", "ab_test"] = Field("canary", description="Deployment strategy.")
+    steps_percent: list[Annotated[float, Field(gt=0, le=100)]] = Field([5, 25, 50], description="Canary weights, rising.")
+    step_seconds: float = Field(60, gt=0, description="Least time on a step.")
+    minimum_requests: int = Field(500, ge=1, description="Least requests an arm must answer before it is judged.")
+
+    @field_validator("steps_percent")
+    @classmethod
+    def _rising(cls, value: list[float]) -> list[float]:
+        if not value or value != sorted(set(value)):
+            raise ValueError(f"rollout.steps_percent {value} must rise from step to step, such as [5, 25, 50]")
+        return value
+
+
+class Monitoring(Section):
+    """The limits that a deployed version is watched by."""
+
+    max_psi: float = Field(0.3, gt=0, description="Largest population stability index of a feature or of the prediction.")
+    max_p99_latency_ms: float = Field(100, gt=0, description="Largest 99th percentile of the answer time, milliseconds.")
+    max_accuracy_drop: float = Field(
+        0.05, ge=0, description="How far the primary metric may fall behind its held-out value (regression: as a share of it)."
+    )
+    max_requests_per_second: float = Field(10_000, gt=0, description="Request volume that raises an alert.")
+    window_days: int = Field(7, ge=1, description="Days that one drift or accuracy figure covers.")
+    minimum_rows: int = Field(500, ge=1, description="Below this many rows in the window the answer is INCONCLUSIVE.")
+    exclude: list[str] = Field(default_factory=list, description="Features that are reported but not judged for drift.")
+
+
+class Retraining(Section):
+    """When a new version is trained without being asked for."""
+
+    on: list[Literal["drift", "accuracy", "age", "new_labels"]] = Field(["drift", "accuracy", "age"], description="The triggers.")
+    violations: int = Field(2, ge=1, description="Violated evaluations needed among the last `of_last`, the newest included.")
+    of_last: int = Field(5, ge=1, description="Evaluations that are looked at.")
+    max_age_days: int = Field(90, ge=1, description="Days after which a version counts as old.")
+    new_labels: int = Field(100_000, ge=1, description="Labelled rows since the last training that count as enough new ones.")
+    cooldown_days: int = Field(7, ge=0, description="Days between two retrainings.")
+    runs_per_month: int = Field(8, ge=0, description="Most retrainings in any 30 days.")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Retraining":
+        if self.violations > self.of_last:
+            raise ValueError(f"retraining.violations {self.violations} can never be reached in of_last {self.of_last}; lower it")
+        return self
+
+
+class ModelDeclaration(Section):
+    """The attributes of one model, as its `defs.yaml` states them."""
+
+    description: str = Field("", description="What the model answers, in a sentence.")
+    owners: list[str] = Field(default_factory=list, description="E-mail addresses or `team:name`.")
+    source: Source
+    features: Features
+    label: Label
+    training: Training
+    tuning: Tuning = Tuning()
+    evaluation: Evaluation = Evaluation()
+    gate: Gate | None = Field(None, description="Default: accuracy >= 0.9; regression: better than the baseline.")
+    approval: Literal["manual", "automatic"] = Field("manual", description="Whether a person approves a version.")
+    rollout: Rollout = Rollout()
+    monitoring: Monitoring = Monitoring()
+    retraining: Retraining = Retraining()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> "ModelDeclaration":
+        task = self.training.task
+        for field, name in (("gate.metric", self.gate and self.gate.metric), ("tuning.metric", self.tuning.metric)):
+            if name is not None and (name not in METRICS or METRICS[name].task != task):
+                raise ValueError(f"{field} {name!r} does not fit training.task {task!r}; use one of {', '.join(names_for(task))}")
+        return self
+
+
+class ModelSpec(ModelDeclaration):
+    """A declaration with the name of its folder and the package its relative references start from."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Lower-case letters, digits and underscores.")
+    package: str = Field(description="Dotted name of the model's Python package.")
+
+    @property
+    def active_gate(self) -> Gate:
+        """The declared gate, or the default of the task."""
+        if self.gate is not None:
+            return self.gate
+        if self.training.task == "classification":
+            return Gate()
+        return Gate(metric=PRIMARY["regression"], gain_over_baseline=0.0)
+
+    def absolute(self, reference: str) -> str:
+        """The absolute dotted path of a reference in this declaration."""
+        return f"{self.package}{reference}" if reference.startswith(".") else reference
