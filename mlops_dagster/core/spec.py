@@ -6,7 +6,9 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from mlops_dagster.core.errors import DeclarationError
 from mlops_dagster.core.metrics import METRICS, PRIMARY, Task, names_for
+from mlops_dagster.core.search_space import parse_search_space
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Reference = Annotated[
@@ -108,7 +110,7 @@ class Tuning(Section):
     """The search for parameters."""
 
     engine: Literal["none", "local", "ray"] = Field("none", description="`none` uses training.parameters as they are.")
-    algorithm: Literal["random", "tpe", "grid", "cmaes", "quasi_random"] = Field("tpe", description="Search algorithm.")
+    algorithm: Literal["random", "tpe", "grid", "cmaes", "halton", "sobol"] = Field("tpe", description="Search algorithm.")
     trials: int = Field(20, ge=1, description="How many parameter sets are tried.")
     metric: str | None = Field(None, description="Metric to optimise; default: the gate's.")
     parameters: dict[str, dict[str, Any]] = Field(
@@ -119,6 +121,11 @@ class Tuning(Section):
     def _something_to_search(self) -> "Tuning":
         if self.engine != "none" and not self.parameters:
             raise ValueError("tuning.parameters is empty; name at least one parameter or set tuning.engine to none")
+        try:
+            if self.parameters:
+                parse_search_space(self.parameters)
+        except DeclarationError as error:
+            raise ValueError(str(error)) from None
         return self
 
 
@@ -135,7 +142,9 @@ class Gate(Section):
     minimum: float | None = Field(None, description="Least value; 0.9 where the metric is accuracy and nothing is said.")
     maximum: float | None = Field(None, description="Largest value, for metrics where less is better.")
     tolerance_to_champion: float = Field(0.0, ge=0, description="How much worse than the champion, on the same rows, is allowed.")
-    gain_over_baseline: float | None = Field(None, description="How much better than the naive baseline, on the same rows, is needed.")
+    gain_over_baseline: float | None = Field(
+        None, description="How much better than the naive baseline, on the same rows, is needed."
+    )
 
     @model_validator(mode="after")
     def _metric_and_limit_fit(self) -> "Gate":
@@ -162,8 +171,23 @@ class Rollout(Section):
 
     strategy: Literal["blue_green", "canary", "shadow", "ab_test"] = Field("canary", description="Deployment strategy.")
     steps_percent: list[Annotated[float, Field(gt=0, le=100)]] = Field([5, 25, 50], description="Canary weights, rising.")
+    pauses: list[Annotated[float, Field(gt=0, le=100)]] = Field(
+        default_factory=list, description="The canary weights after which a person must resume."
+    )
+    baseline_arm: bool = Field(False, description="Compare the canary with a fresh server of the champion of equal weight.")
     step_seconds: float = Field(60, gt=0, description="Least time on a step.")
+    watch_seconds: float = Field(
+        300, gt=0, description="How long the new version is watched with all traffic before it is champion."
+    )
+    keep_warm_seconds: float = Field(3600, ge=0, description="How long the old version runs on for an instant way back.")
     minimum_requests: int = Field(500, ge=1, description="Least requests an arm must answer before it is judged.")
+    alpha: float = Field(0.01, gt=0, lt=1, description="Chance that a version as good as the champion is ever rolled back.")
+    max_error_rate: Share = Field(0.05, description="Largest share of failed requests.")
+    shadow_seconds: float = Field(3600, gt=0, description="How long a shadow answers copies.")
+    shadow_ends: Literal["hold", "promote"] = Field("hold", description="What a shadow that passed waits for.")
+    ab_percent: float = Field(50, gt=0, lt=100, description="Share of the new version in an A/B test.")
+    ab_minimum_effect: float = Field(0.01, gt=0, description="Least gain that is worth a change.")
+    ab_maximum_seconds: float = Field(14 * 86_400, gt=0, description="Longest A/B test; then the champion stays.")
 
     @field_validator("steps_percent")
     @classmethod
@@ -217,7 +241,9 @@ class ModelDeclaration(Section):
     tuning: Tuning = Tuning()
     evaluation: Evaluation = Evaluation()
     gate: Gate | None = Field(None, description="Default: accuracy >= 0.9; regression: better than the baseline.")
-    approval: Literal["manual", "automatic"] = Field("manual", description="Whether a person approves a version.")
+    approval: Literal["manual", "automatic", "four_eyes"] = Field(
+        "manual", description="Who approves a version: a person, the gate alone, or a person other than its author."
+    )
     rollout: Rollout = Rollout()
     monitoring: Monitoring = Monitoring()
     retraining: Retraining = Retraining()

@@ -1,0 +1,74 @@
+"""Approving and rejecting versions: in the registry, bound to the evidence, and in the ledger."""
+
+import datetime as dt
+from typing import Any
+
+from mlops_dagster.core.errors import ApprovalError, NotFoundError
+from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry
+from mlops_dagster.resources.ledger import Ledger
+from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state
+
+
+def find(registry: Registry, model: str, number: int) -> Version:
+    """A version of a model. Raises NotFoundError listing those that exist."""
+    versions = registry.versions(model)
+    for version in versions:
+        if version.number == number:
+            return version
+    known = ", ".join(str(v.number) for v in versions) or "none"
+    raise NotFoundError(f"{model} has no version {number}; it has: {known}")
+
+
+def decide(registry: Registry, ledger: Ledger, model: str, number: int, approval: Approval) -> Version:
+    """Record a person's decision about a version; a repeated one changes nothing.
+
+    Raises NotFoundError, or ApprovalError where the decision is not allowed (already rejected, four eyes, changed evidence).
+    """
+    version = find(registry, model, number)
+    author = version.tags.get("author")
+    if approval.decision == "approved" and version.tags.get("four_eyes") == "true" and approval.by == author:
+        raise ApprovalError(
+            f"{model} asks for four eyes: {author!r} made version {number}, so somebody else must approve it (--by)"
+        )
+    decided = registry.record_approval(model, number, approval)
+    record(ledger, decided)
+    return decided
+
+
+def record(ledger: Ledger, version: Version) -> None:
+    """The ledger's entry of a version's present decision; one for each decision on each evidence."""
+    approval = version.approval
+    if approval is None:
+        return
+    kind = APPROVAL if approval.decision == "approved" else REJECTION
+    evidence: dict[str, Any] = {"evidence_hash": approval.evidence_hash, "artifact": version.digest, **dict(version.evidence)}
+    ledger.append(
+        NewEntry(
+            kind=kind,
+            model=version.model,
+            subject=str(version.number),
+            actor=approval.by or "unknown",
+            time=approval.at or dt.datetime.now(dt.UTC),
+            reason=approval.reason,
+            evidence=evidence,
+            key=f"{version.model}:{version.number}:{kind}:{approval.evidence_hash}",
+        )
+    )
+
+
+def adopt(registry: Registry, ledger: Ledger, model: str, now: dt.datetime) -> list[Version]:
+    """Bind the approvals that were set by hand in the registry's own UI, and make sure that every decision is in the ledger.
+
+    Returns the versions whose approval is valid, oldest first.
+    """
+    valid = []
+    for version in registry.versions(model):
+        state = approval_state(version)
+        if state is ApprovalState.UNBOUND and version.approval:
+            by = version.approval.by or "registry UI"
+            version = decide(registry, ledger, model, version.number, Approval("approved", by, now, version.approval.reason))
+        elif state in (ApprovalState.APPROVED, ApprovalState.REJECTED):
+            record(ledger, version)
+        if approval_state(version) is ApprovalState.APPROVED:
+            valid.append(version)
+    return valid

@@ -1,0 +1,179 @@
+"""Stage 3: the feature views of a day, computed by SQL, registered in Feast and materialized into the online store."""
+
+import datetime as dt
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from mlops_dagster.assets.lake_paths import day_key, day_range, digest_of, stored_days, tables
+from mlops_dagster.assets.references import load_callable
+from mlops_dagster.assets.stage import check_result, days, stage
+from mlops_dagster.core.errors import DataError, DeclarationError
+from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.resources.data_lake import Lake
+
+STAGE = "features"
+SAMPLED_ENTITIES = 50
+CHECKS = {
+    "null_share": ("No stored feature misses more of its values than features.max_null_share.", False),
+    "online_equals_offline": ("The online store answers what the offline store does, for sampled entities.", False),
+}
+
+
+def build(spec: ModelSpec) -> dg.AssetsDefinition:
+    """The asset `[<model>, features]`."""
+
+    @stage(
+        spec,
+        STAGE,
+        description="Feature views of the day: Parquet for point-in-time joins, the newest values online.",
+        kinds={spec.features.engine, "feast"},
+        needs=["validated_data"],
+        resources={"data_lake", "data_versions", f"feature_engine_{spec.features.engine}", "feature_store"},
+        partitioned=True,
+        checks=CHECKS,
+        code=["features.define", "features.compute"],
+    )
+    def features(context: dg.AssetExecutionContext):
+        lake, store = context.resources.data_lake, context.resources.feature_store
+        engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
+        queries, made = load_callable(spec, "features.compute")(), days(context)
+        new = {day: compute_day(spec, lake, engine, queries, day) for day in made}
+        stored = [write_versions(lake, day_key(spec, STAGE, d, v), t) for d, views in new.items() for v, t in views.items()]
+        context.resources.data_versions.record([f.key for f in stored], f"{spec.name}: features")
+        store.apply(spec.name, load_callable(spec, "features.define"))
+        begin, end = spec.source.partitions.bounds(min(made))[0], spec.source.partitions.bounds(max(made))[1]
+        written = store.materialize(spec.name, begin, end)
+        for day, views in new.items():
+            rows = {view: table.num_rows for view, table in views.items()}
+            context.add_asset_metadata(
+                {"rows": rows, "dagster/partition_row_count": sum(rows.values())}, partition_key=day.isoformat()
+            )
+        return dg.MaterializeResult(
+            metadata={"online_rows": written, "newest_online_value": newest_event(new)},
+            data_version=dg.DataVersion(digest_of(f.sha256 for f in stored)),
+            check_results=[_null_share(spec, new), online_check(spec, store, new[max(made)], end)],
+        )
+
+    return features
+
+
+def compute_day(spec: ModelSpec, lake: Lake, engine: Any, queries: dict[str, str], day: dt.date) -> dict[str, pa.Table]:
+    """Every view's rows that became known during a day, sorted. Raises DataError for SQL that returns the wrong columns."""
+    begin, end = spec.source.partitions.bounds(day)
+    sources = {name: _inputs(spec, lake, name, day) for name in tables(lake, spec)}
+    return {
+        view: _within(view, engine.run(sql, sources, {"day_start": begin, "day_end": end}), begin, end)
+        for view, sql in queries.items()
+    }
+
+
+def _inputs(spec: ModelSpec, lake: Lake, table: str, day: dt.date) -> list[str]:
+    wanted = set(day_range(day - dt.timedelta(days=spec.features.lookback_days), day))
+    return [
+        lake.locate(day_key(spec, "validated_data", d, table))
+        for d in stored_days(lake, spec, "validated_data", table)
+        if d in wanted
+    ]
+
+
+def _within(view: str, rows: pa.Table, begin: dt.datetime, end: dt.datetime) -> pa.Table:
+    """The rows with `begin < event_timestamp <= end`, in microseconds UTC, in a fixed order."""
+    import pyarrow.compute as pc
+
+    if "event_timestamp" not in rows.column_names:
+        raise DataError(
+            f"features.compute: the SQL of view {view!r} returns {rows.column_names}; it must return 'event_timestamp' too"
+        )
+    moment = rows["event_timestamp"].cast(pa.timestamp("us", "UTC"))
+    rows = rows.set_column(rows.column_names.index("event_timestamp"), "event_timestamp", moment)
+    bounds = [pa.scalar(b, pa.timestamp("us", "UTC")) for b in (begin, end)]
+    kept = rows.filter(pc.and_(pc.greater(moment, bounds[0]), pc.less_equal(moment, bounds[1])))
+    return kept.sort_by(
+        [(name, "ascending") for name in ["event_timestamp", *(c for c in kept.column_names if c != "event_timestamp")]]
+    )
+
+
+def write_versions(lake: Lake, key: str, rows: pa.Table, now: dt.datetime | None = None) -> Any:
+    """Store a view's day with `created_timestamp`, so that a later correction never changes what was known before it.
+
+    The first time, a row counts as created when it became known (`event_timestamp`); when the day is made again, rows that are new or
+    differ are added with the present moment, and the old ones stay.
+    """
+    import polars as pl
+
+    fresh = pl.DataFrame(rows)
+    if not lake.list(key):
+        return lake.write(key, fresh.with_columns(created_timestamp=pl.col("event_timestamp")))
+    stored = pl.DataFrame(lake.read(key))
+    known = stored.drop("created_timestamp")
+    if known.columns != fresh.columns or known.dtypes != fresh.dtypes:
+        return lake.write(key, fresh.with_columns(created_timestamp=pl.col("event_timestamp")))
+    changed = fresh.join(known, on=fresh.columns, how="anti", nulls_equal=True)
+    moment = now or dt.datetime.now(dt.UTC)
+    return lake.write(key, pl.concat([stored, changed.with_columns(created_timestamp=pl.lit(moment, pl.Datetime("us", "UTC")))]))
+
+
+def newest_event(new: dict[dt.date, dict[str, pa.Table]]) -> str:
+    """The newest moment of any stored value: how fresh the online store is."""
+    import pyarrow.compute as pc
+
+    moments = [pc.max(t["event_timestamp"]).as_py() for views in new.values() for t in views.values() if t.num_rows]
+    return max(moments).isoformat() if moments else "none"
+
+
+def _null_share(spec: ModelSpec, new: dict[dt.date, dict[str, pa.Table]]) -> dg.AssetCheckResult:
+    shares: dict[str, float] = {}
+    for view in next(iter(new.values())):
+        table = pa.concat_tables(views[view] for views in new.values())
+        shares |= {f"{view}.{c}": table[c].null_count / table.num_rows for c in table.column_names if table.num_rows}
+    over = {name: share for name, share in shares.items() if share > spec.features.max_null_share}
+    because = ", ".join(f"{n} {s:.0%}" for n, s in over.items()) or f"at most {max(shares.values(), default=0):.0%} missing"
+    return check_result("null_share", not over, because, {"limit": spec.features.max_null_share, "over": over})
+
+
+def online_check(spec: ModelSpec, store: Any, views: dict[str, pa.Table], moment: dt.datetime) -> dg.AssetCheckResult:
+    """Ask both stores for the values of sampled entities as of `moment` and compare."""
+    rows = sampled_entities(spec, store, views)
+    if not rows:
+        return check_result("online_equals_offline", True, "no entity has a value on this day")
+    offline = store.historical(spec.name, pa.Table.from_pylist([{**row, "event_timestamp": moment} for row in rows])).to_pylist()
+    online = store.online(spec.name, rows)
+    names = [name for name, _ in store.signature(spec.name).features]
+    pairs = [(f"{row} {n}", a.get(n), b.get(n)) for row, a, b in zip(rows, offline, online, strict=True) for n in names]
+    different = [f"{what}: offline {a}, online {b}" for what, a, b in pairs if not same_value(a, b)]
+    because = "; ".join(different[:3]) or f"{len(rows)} entities, {len(names)} features equal"
+    return check_result("online_equals_offline", not different, because, {"different": different[:50]})
+
+
+def sampled_entities(spec: ModelSpec, store: Any, views: dict[str, pa.Table]) -> list[dict[str, Any]]:
+    """Up to SAMPLED_ENTITIES rows of join keys (each view's keys taken from its own rows) with request-time values of zero."""
+    signature = store.signature(spec.name)
+    keys: dict[str, list[Any]] = {}
+    for table in views.values():
+        found = [e for e in signature.entities if e in table.column_names]
+        for entity in found:
+            keys.setdefault(entity, table[entity].unique().sort().to_pylist())
+    missing = [e for e in signature.entities if not keys.get(e)]
+    if missing:
+        return []
+    zero = {"float64": 0.0, "int64": 0, "string": "", "bool": False}
+    request = {name: zero[kind] for name, kind in signature.request}
+    size = min(SAMPLED_ENTITIES, max(len(v) for v in keys.values()))
+    return [{e: keys[e][i * len(keys[e]) // size] for e in signature.entities} | request for i in range(size)]
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """Equal, or both missing, or equal to the float32 precision that a model sees."""
+    if left is None or right is None or left != left or right != right:
+        return (left is None or left != left) and (right is None or right != right)
+    return abs(left - right) <= 1e-6 * max(1.0, abs(left)) if isinstance(left, float | int) else left == right
+
+
+def require_views(spec: ModelSpec, queries: dict[str, str], defined: set[str]) -> None:
+    """The SQL and the definitions name the same views. Raises DeclarationError."""
+    if queries.keys() != defined:
+        raise DeclarationError(
+            f"features.compute makes {sorted(queries)}, features.define defines {sorted(defined)}; make them the same"
+        )

@@ -1,0 +1,295 @@
+"""Carrying out rollouts: one tick reads the ledger, judges, decides by core.rollout, records, and makes the servers equal to it."""
+
+import datetime as dt
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlops_dagster.assets import approvals
+from mlops_dagster.assets.lake_paths import canonical, day_key, stored_days
+from mlops_dagster.assets.smoke import failures as smoke_failures
+from mlops_dagster.core import rollout as engine
+from mlops_dagster.core.analysis import Verdict, judge_labels, judge_start
+from mlops_dagster.core.errors import ServingError
+from mlops_dagster.core.measurements import Measurements
+from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
+from mlops_dagster.core.rollout_gates import Outcome
+from mlops_dagster.core.routes import BASELINE, Routes, version_of
+from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.core.strategies import RolloutPolicy
+from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.ledger import Ledger
+from mlops_dagster.resources.live_metrics import LiveMetrics
+from mlops_dagster.resources.registry import Registry, Version
+from mlops_dagster.resources.serving import Arm, Serving, ServingOptions
+from mlops_dagster.resources.serving import Phase as ServerPhase
+from mlops_dagster.serving import artifact
+
+RESOURCES = {"artifact_cache", "data_lake", "feature_store", "ledger", "live_metrics", "registry", "serving"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The systems that a rollout touches."""
+
+    registry: Registry
+    ledger: Ledger
+    serving: Serving
+    live_metrics: LiveMetrics
+    lake: Lake
+    feature_store: Any
+    cache: Path
+
+    @classmethod
+    def of(cls, resources: Any) -> "Parts":
+        """From a Dagster context's resources (see RESOURCES)."""
+        return cls(
+            resources.registry,
+            resources.ledger,
+            resources.serving,
+            resources.live_metrics,
+            resources.data_lake,
+            resources.feature_store,
+            Path(resources.artifact_cache.root),
+        )
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What one look found and did; `changed` when the ledger has a new entry of it."""
+
+    state: RolloutState
+    action: Action
+    verdict: Verdict | None
+    changed: bool
+
+
+def policy_of(spec: ModelSpec) -> RolloutPolicy:
+    """The declaration's rollout and monitoring sections as a policy."""
+    declared = spec.rollout.model_dump()
+    declared |= {"steps_percent": tuple(declared["steps_percent"]), "pauses": tuple(declared["pauses"])}
+    return RolloutPolicy(
+        **declared,
+        max_p99_latency_ms=spec.monitoring.max_p99_latency_ms,
+        accuracy_drop=spec.monitoring.max_accuracy_drop if spec.monitoring.max_accuracy_drop > 0 else 0.001,
+        sticky_salt=spec.name,
+    )
+
+
+def rollout_id(version: Version) -> str:
+    """The same approval gives the same rollout."""
+    return f"{version.model}-{version.number}-{version.registered_hash[:12]}"
+
+
+def current(parts: Parts, model: str) -> RolloutState | None:
+    """The newest rollout of a model as the ledger has it."""
+    return engine.replay(parts.ledger.entries(model), model)
+
+
+def champion_of(versions: Iterable[Version]) -> Version | None:
+    """The version that the registry calls champion."""
+    return next((v for v in versions if "champion" in v.aliases), None)
+
+
+def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Version | None:
+    """The newest approved version that is newer than the champion and was not rolled out yet."""
+    valid = approvals.adopt(parts.registry, parts.ledger, spec.name, now)
+    champion = champion_of(parts.registry.versions(spec.name))
+    newest = valid[-1] if valid else None
+    if newest is None or (champion is not None and newest.number <= champion.number):
+        return None
+    return None if parts.ledger.find(f"rollout/{rollout_id(newest)}/0") else newest
+
+
+def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime) -> Tick:
+    """Begin the rollout of an approved version; one that runs already is superseded first."""
+    running = current(parts, spec.name)
+    if running is not None and not running.phase.final:
+        command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
+    champion = champion_of(parts.registry.versions(spec.name))
+    state, action = engine.begin(
+        rollout_id(version), spec.name, str(champion.number) if champion else None, str(version.number), policy_of(spec), now
+    )
+    return _record(parts, spec, None, state, action, None, now)
+
+
+def command(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) -> Tick | None:
+    """Apply a person's command to the running rollout; None without one. A refused command says why in the action."""
+    state = current(parts, spec.name)
+    if state is None:
+        return None
+    new, action = engine.advance(state, wanted, policy_of(spec), now)
+    return _record(parts, spec, state, new, action, wanted, now)
+
+
+def roll_back(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) -> Tick | None:
+    """Back to the version before: ends a running rollout, or undoes the last promotion. None where there never was a rollout.
+
+    Raises RolloutError where there is nothing to go back to.
+    """
+    state = current(parts, spec.name)
+    if state is None or not state.phase.final:
+        return command(parts, spec, wanted, now)
+    new, action = engine.way_back(state, policy_of(spec), now, f"rollback by {wanted.actor}: {wanted.reason}".rstrip(": "))
+    return _record(parts, spec, None, new, action, wanted, now)
+
+
+def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
+    """One look at the running rollout: judge, decide, record, carry out; also repairs what a crash left half done."""
+    state = current(parts, spec.name)
+    if state is None:
+        return None
+    if state.phase.final:
+        revoked = _revoked(parts, spec, state, now)
+        if revoked is not None:
+            return revoked
+        carry_out(parts, spec, state, now)
+        return Tick(state, Action(Act.NONE, str(state.phase)), None, changed=False)
+    carry_out(parts, spec, state, now)
+    verdict = _verdict(parts, spec, state, now)
+    new, action = engine.advance(state, verdict, policy_of(spec), now)
+    if new == state:
+        return Tick(state, action, verdict, changed=False)
+    return _record(parts, spec, state, new, action, verdict, now)
+
+
+def _record(
+    parts: Parts,
+    spec: ModelSpec,
+    old: RolloutState | None,
+    new: RolloutState,
+    action: Action,
+    signal: Verdict | Command | None,
+    now: dt.datetime,
+) -> Tick:
+    """First the ledger, then the world: what the ledger says is done now or by the next tick."""
+    if new == old:
+        return Tick(new, action, signal if isinstance(signal, Verdict) else None, changed=False)
+    told = engine.state_of(parts.ledger.append(engine.record(old, new, action, signal, now)))
+    carry_out(parts, spec, told, now)
+    return Tick(told, action, signal if isinstance(signal, Verdict) else None, changed=True)
+
+
+def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> None:
+    """Make servers, routes and aliases equal to the state; every part of it is safe to repeat."""
+    routes, arms = engine.desired(state, now)
+    if routes is None:
+        if state.phase.final:
+            parts.serving.remove(spec.name)
+            return
+        routes, arms = Routes.all_to(state.candidate), (state.candidate,)
+    versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
+    running = [_arm(parts, spec, key, versions[version_of(key)], state) for key in dict.fromkeys((*routes.arms, *arms))]
+    parts.serving.apply(spec.name, running, routes, options_of(parts, spec))
+    _set_aliases(parts, spec, state, versions)
+
+
+def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
+    """How the model is served, apart from versions and weights."""
+    repo = Path(parts.feature_store.root) / spec.name
+    return ServingOptions(
+        feature_repo=str(repo),
+        time_zone=spec.source.partitions.timezone,
+        grace_seconds=min(spec.rollout.keep_warm_seconds, 300.0),
+    )
+
+
+def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version, state: RolloutState) -> Arm:
+    role = (
+        "baseline" if key.endswith(BASELINE) else "candidate" if key == state.candidate and not state.phase.final else "champion"
+    )
+    if state.phase is Phase.PROMOTED and key != state.candidate:
+        role = "previous"
+    return Arm(str(version.number), str(_artifact(parts, spec, version)), version.digest, role)
+
+
+def _artifact(parts: Parts, spec: ModelSpec, version: Version) -> Path:
+    """The version's artifact on this machine, fetched and verified once."""
+    folder = parts.cache / spec.name / version.digest
+    if folder.is_dir() and artifact.digest(folder) == version.digest:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return parts.registry.fetch(spec.name, version.number, folder)
+
+
+def _set_aliases(parts: Parts, spec: ModelSpec, state: RolloutState, versions: dict[str, Version]) -> None:
+    promoted = state.phase is Phase.PROMOTED
+    wanted: dict[str, int | None] = {"challenger": None if state.phase.final else int(state.candidate)}
+    if promoted:
+        wanted |= {"champion": int(state.candidate), "previous": int(state.champion) if state.champion else None}
+        if "candidate" in versions[state.candidate].aliases:
+            wanted["candidate"] = None
+    held = {alias: v.number for v in versions.values() for alias in v.aliases}
+    for alias, number in wanted.items():
+        if held.get(alias) != number:
+            parts.registry.set_alias(spec.name, alias, number)
+
+
+def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Verdict:
+    try:
+        seen = parts.serving.observe(spec.name)
+    except ServingError as error:
+        return Verdict(Outcome.ERROR, (str(error),))
+    failed = seen.arms.get(state.candidate)
+    if failed is not None and failed.phase is ServerPhase.FAILED:
+        return Verdict(Outcome.FAIL, (f"version {state.candidate} cannot be served: {failed.reason}",))
+    if state.phase is Phase.PENDING or state.current is None:
+        ready = failed is not None and failed.phase is ServerPhase.READY and (state.champion is not None or seen.ready)
+        return judge_start(ready, smoke_failures(parts, spec, state.candidate) if ready else ())
+    judged = engine.verdict_on(state, _measured(parts, spec, state, now), policy_of(spec), now)
+    return judged or Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
+
+
+def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Measurements:
+    """The rollout's measurements with the present look added, kept on disk between ticks."""
+    file = parts.cache / spec.name / "rollouts" / f"{state.rollout_id.replace('/', '_')}.json"
+    known = Measurements.from_json(json.loads(file.read_bytes())) if file.exists() else Measurements()
+    try:
+        reading = parts.live_metrics.totals(spec.name)
+    except ServingError:
+        return known
+    # A reading is as old as its last sample: its own time counts, so that the same sample is never two ticks.
+    measured = known.observe(reading.at, reading.arms)
+    if measured != known:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_bytes(canonical(measured.to_json()))
+        aside.replace(file)
+    return measured
+
+
+def _revoked(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Tick | None:
+    """Undo a promotion whose labels, landing later, show that the version is worse than it was when held out."""
+    if state.phase is not Phase.PROMOTED or state.champion is None or state.strategy == engine.WAY_BACK:
+        return None
+    if spec.training.task != "classification":
+        return None
+    candidate, champion = (_labels(parts.lake, spec, v) for v in (state.candidate, state.champion))
+    versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
+    metrics: Any = versions[state.candidate].evidence["metrics"]
+    # Days on which both answered are the only ones on which they can be compared.
+    shared = sorted(candidate.keys() & champion.keys())
+    verdict = judge_labels(
+        [candidate[d] for d in sorted(candidate)],
+        1 - float(metrics["accuracy"]),
+        policy_of(spec),
+        [champion[d] for d in shared] if len(shared) == len(candidate) else (),
+    )
+    if verdict.outcome is not Outcome.FAIL:
+        return None
+    new, action = engine.way_back(state, policy_of(spec), now, f"labels: {'; '.join(verdict.reasons)}")
+    return _record(parts, spec, None, new, action, verdict, now)
+
+
+def _labels(lake: Lake, spec: ModelSpec, version: str) -> dict[dt.date, tuple[int, int]]:
+    """(labelled, wrong) of a version by day."""
+    found = {}
+    for day in stored_days(lake, spec, "live_performance", suffix="json")[-60:]:
+        figures = json.loads(lake.read_bytes(day_key(spec, "live_performance", day, suffix="json")))["versions"].get(version)
+        if figures:
+            rows = int(figures["rows"])
+            found[day] = (rows, min(rows, max(0, round((1 - figures["accuracy"]) * rows))))
+    return found

@@ -1,0 +1,141 @@
+"""`mlops up`: the pages and the model servers as one process tree that ends cleanly."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlops_dagster import instance
+from mlops_dagster.core.errors import ServingError, StorageError
+
+STOP_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Page:
+    """A server that is started: its name, its address and its command."""
+
+    name: str
+    url: str
+    command: list[str]
+
+
+def up(root: Path, host: str, ports: dict[str, int]) -> int:
+    """Start everything, print the addresses, wait for Ctrl-C or for a process to end. Returns an exit code.
+
+    Raises ServingError naming a port that is taken, StorageError for a state folder that cannot be written.
+    """
+    for name, port in ports.items():
+        require_free(name, host, port)
+    instance.prepare(root)
+    pages = commands(root, host, ports)
+    serving = start_serving()
+    logs = root / "logs"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        running = {page: start(page, logs) for page in pages}
+    except OSError as error:
+        raise StorageError(f"{logs} cannot be written ({error.strerror}); correct its permissions or set MLOPS_HOME") from error
+    try:
+        tell(pages, serving, logs)
+        return wait(running, logs)
+    finally:
+        stop(list(running.values()))
+        serving.stop()
+        print("stopped")
+
+
+def require_free(name: str, host: str, port: int) -> None:
+    """Raises ServingError where a port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(f"port {port} for {name} is not free ({error.strerror}); choose another with --{name}-port") from None
+
+
+def commands(root: Path, host: str, ports: dict[str, int]) -> list[Page]:
+    """The three servers with UIs."""
+    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").exists() else ["-m", "mlops_dagster.definitions"]
+    python = [sys.executable, "-m"]
+    mlflow = root / "mlflow"
+    return [
+        Page(
+            "Dagster",
+            f"http://{host}:{ports['dagster']}",
+            [*python, "dagster", "dev", *workspace, "-h", host, "-p", str(ports["dagster"])],
+        ),
+        Page(
+            "MLflow",
+            f"http://{host}:{ports['mlflow']}",
+            [*python, "mlflow", "server", "--backend-store-uri", f"sqlite:///{mlflow / 'mlflow.db'}", "--artifacts-destination"]
+            + [str(mlflow / "artifacts"), "--host", host, "--port", str(ports["mlflow"]), "--workers", "1"],
+        ),
+        Page(
+            "Evidently",
+            f"http://{host}:{ports['evidently']}",
+            [*python, "evidently", "ui", "--workspace", str(root / "reports" / "workspace"), "--host", host]
+            + ["--port", str(ports["evidently"])],
+        ),
+    ]
+
+
+def start(page: Page, logs: Path) -> "subprocess.Popen[bytes]":
+    """Start a server in a process group of its own, so that Ctrl-C reaches it through us alone, once."""
+    with (logs / f"{page.name.lower()}.log").open("ab") as log:
+        return subprocess.Popen(page.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def start_serving():
+    """The serving host with every model that is deployed."""
+    from mlops_dagster.profiles import Settings, embedded
+
+    serving = embedded(Settings())["serving"]
+    serving.start()
+    return serving
+
+
+def tell(pages: list[Page], serving, logs: Path) -> None:
+    """Print what is where."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "where")
+    for page in pages:
+        table.add_row(page.name, page.url)
+    table.add_row("Models", serving.endpoint(""))
+    table.add_row("Logs", str(logs))
+    Console().print(table, "Ctrl-C stops everything.")
+
+
+def wait(running: "dict[Page, subprocess.Popen[bytes]]", logs: Path) -> int:
+    """Until a signal (exit code 0) or until one of the processes has ended by itself (1)."""
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: asked.append(received))
+    while not asked:
+        for page, process in running.items():
+            if process.poll() is not None:
+                print(f"{page.name} ended with code {process.returncode}; see {logs / (page.name.lower() + '.log')}", file=sys.stderr)
+                return 1
+        time.sleep(0.2)
+    return 0
+
+
+def stop(processes: "list[subprocess.Popen[bytes]]") -> None:
+    """Ask every process group to end, then insist."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+    deadline = time.monotonic() + STOP_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

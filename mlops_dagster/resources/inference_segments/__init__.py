@@ -1,0 +1,31 @@
+"""What the model servers logged, read back a day at a time."""
+
+import datetime as dt
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dagster import ConfigurableResource
+from pydantic import Field
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class InferenceSegments(Protocol):
+    """Every answered row of a model, by the day it stands for."""
+
+    def read(self, model: str, day: dt.date) -> "pa.Table":
+        """The rows of a day, each once, in the columns of the inference log; an empty table where there are none."""
+        ...
+
+
+class FolderSegments(ConfigurableResource):
+    """Parquet segments in a folder that the predictors write to."""
+
+    root: str = Field(description="Folder of the segments: `<model>/day=YYYY-MM-DD/*.parquet`.")
+
+    def read(self, model: str, day: dt.date) -> "pa.Table":
+        """See InferenceSegments.read."""
+        from mlops_dagster.serving.inference_log import read_segments
+
+        return read_segments(Path(self.root), model, day)

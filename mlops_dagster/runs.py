@@ -1,0 +1,75 @@
+"""Running jobs and evaluating sensors of the code location in this process, on the persistent instance."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+
+from mlops_dagster.core.errors import TerminalError
+
+QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+RUN_KEY_TAG = "dagster/run_key"
+RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+
+
+class Runner:
+    """Runs jobs as the daemon would: each run is stored in the instance and seen in its UI."""
+
+    def __init__(self, definitions: dg.Definitions, instance: dg.DagsterInstance) -> None:
+        self.definitions, self.instance = definitions, instance
+
+    def run(
+        self,
+        job: str,
+        *,
+        day: str | None = None,
+        days: tuple[str, str] | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> dg.ExecuteInProcessResult:
+        """Run a job for one day, for all days from the first to the last in one run, or without partition.
+
+        Raises TerminalError with the failed step's own message.
+        """
+        ranged = dict(zip(RANGE_TAGS, days, strict=True)) if days else {}
+        result = self.definitions.resolve_job_def(job).execute_in_process(
+            instance=self.instance,
+            partition_key=day,
+            run_config={**QUIET, **(run_config or {})},
+            tags={**(tags or {}), **ranged},
+            raise_on_error=False,
+        )
+        if not result.success:
+            raise TerminalError(f"the run {result.run_id} of {job} failed: {failure(result)}")
+        return result
+
+    def evaluate(self, sensor: str) -> list[str]:
+        """Evaluate a sensor once, store its events, and run what it asks for (each run key once); returns the ids of the runs."""
+        with dg.build_sensor_context(instance=self.instance, definitions=self.definitions, sensor_name=sensor) as context:
+            outcome = self.definitions.resolve_sensor_def(sensor).evaluate_tick(context)
+        for event in outcome.asset_events:
+            self.instance.report_runless_asset_event(event)
+        return [self._requested(request) for request in outcome.run_requests or [] if not self._known(request.run_key)]
+
+    def _known(self, run_key: str | None) -> bool:
+        return bool(run_key) and bool(self.instance.get_run_records(dg.RunsFilter(tags={RUN_KEY_TAG: str(run_key)}), limit=1))
+
+    def _requested(self, request: dg.RunRequest) -> str:
+        job = str(request.job_name)
+        tags = {**request.tags, RUN_KEY_TAG: str(request.run_key)}
+        return self.run(job, day=request.partition_key, run_config=request.run_config, tags=tags).run_id
+
+
+def failure(result: dg.ExecuteInProcessResult) -> str:
+    """What the first failed step said, without the framework around it."""
+    for event in result.all_events:
+        data = event.event_specific_data
+        error = getattr(data, "user_failure_data", None) or getattr(data, "error", None)
+        if event.is_step_failure and error is not None:
+            description = getattr(error, "description", None)
+            if description:
+                return description
+            while getattr(error, "cause", None):
+                error = error.cause
+            return str(error.message).strip()
+    return "see its log in the Dagster UI"

@@ -1,0 +1,64 @@
+"""Rollouts: an approved version starts one; a running one goes on, holds, is promoted or rolled back, tick by tick."""
+
+import datetime as dt
+from typing import Any
+
+import dagster as dg
+
+from mlops_dagster.assets import jobs, rollout
+from mlops_dagster.assets.deployment import described
+from mlops_dagster.assets.rollout import Parts, Tick
+from mlops_dagster.assets.stage import key
+from mlops_dagster.core.rollout import Phase
+from mlops_dagster.core.spec import ModelSpec
+
+TICK_SECONDS = 5
+
+
+def build(spec: ModelSpec) -> dg.SensorDefinition:
+    """The sensor `<model>_rollouts`. Nothing moves without an approval, so it runs by default."""
+
+    @dg.sensor(
+        name=f"{spec.name}_rollouts",
+        job_name=jobs.name(spec.name, "deploy"),
+        minimum_interval_seconds=TICK_SECONDS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Brings in each approved version by the declared strategy and shows phase, weights and verdict on `deployment`.",
+        required_resource_keys=rollout.RESOURCES,
+        tags={"mlops/model": spec.name},
+    )
+    def rollouts(context: dg.SensorEvaluationContext):
+        parts, now = Parts.of(context.resources), dt.datetime.now(dt.UTC)
+        version = rollout.waiting(parts, spec, now)
+        requests = [request(spec, version)] if version else []
+        found = rollout.tick(parts, spec, now)
+        if found is None and not requests:
+            return dg.SkipReason("no version is approved yet")
+        events = [event(spec, parts, found)] if found and found.changed else []
+        reason = None if requests or found is None else f"{found.state.phase}: {found.action.reason}"
+        return dg.SensorResult(run_requests=requests, asset_events=events, skip_reason=None if requests else reason)
+
+    return rollouts
+
+
+def request(spec: ModelSpec, version: Any) -> dg.RunRequest:
+    """The run that starts the rollout of an approved version."""
+    by = version.approval.by if version.approval else "unknown"
+    return dg.RunRequest(
+        run_key=f"{spec.name}:deploy:{rollout.rollout_id(version)}",
+        tags={"mlops/reason": f"version {version.number} was approved by {by}", "mlops/trigger": "rollouts"},
+    )
+
+
+def event(spec: ModelSpec, parts: Parts, found: Tick) -> dg.AssetMaterialization | dg.AssetObservation:
+    """A promotion or a way back is a new state of the deployment; everything else an observation of it."""
+    metadata = described(found.state, parts)
+    if found.verdict:
+        metadata |= {
+            "verdict": str(found.verdict.outcome),
+            "reasons": "; ".join(found.verdict.reasons),
+            "evidence": found.verdict.evidence,
+        }
+    if found.state.phase is Phase.PROMOTED:
+        return dg.AssetMaterialization(key(spec, "deployment"), metadata=metadata, description=found.state.reason)
+    return dg.AssetObservation(key(spec, "deployment"), metadata=metadata, description=found.state.reason)

@@ -1,0 +1,72 @@
+"""The declaration: defaults, and a clear word about every wrong field."""
+
+import datetime as dt
+
+import pytest
+from pydantic import ValidationError
+
+from mlops_dagster.core.spec import ModelDeclaration, ModelSpec, Partitions
+
+MINIMAL = {
+    "source": {"read": ".source.read_day", "schema": ".source.Rows", "partitions": {"start": "2013-01-01"}},
+    "features": {"define": ".features.views", "compute": ".features.compute"},
+    "label": {"column": "late"},
+    "training": {"train": ".training.train"},
+}
+
+
+def declare(**sections):
+    return ModelDeclaration.model_validate({**MINIMAL, **sections})
+
+
+def test_defaults_are_the_seeds_numbers():
+    spec = ModelSpec(name="m", package="p", **declare().model_dump(exclude_unset=True))
+    assert (spec.active_gate.metric, spec.active_gate.limit) == ("accuracy", 0.9)
+    monitoring = spec.monitoring
+    assert (monitoring.max_psi, monitoring.max_p99_latency_ms, monitoring.max_accuracy_drop) == (0.3, 100, 0.05)
+    assert monitoring.max_requests_per_second == 10_000
+    assert spec.rollout.strategy == "canary"
+    assert spec.approval == "manual"
+
+
+def test_a_regression_is_gated_by_its_baseline():
+    spec = ModelSpec(name="m", package="p", **{**MINIMAL, "training": {"train": ".t.t", "task": "regression"}})
+    assert (spec.active_gate.metric, spec.active_gate.limit, spec.active_gate.gain_over_baseline) == ("mean_absolute_error", None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"rolout": {}}, "rolout"),
+        ({"monitoring": {"max_psy": 0.3}}, "max_psy"),
+        ({"monitoring": {"max_psi": "high"}}, "max_psi"),
+        ({"gate": {"metric": "acuracy"}}, "gate.metric 'acuracy' is unknown; use one of accuracy"),
+        ({"gate": {"metric": "r2"}}, "does not fit training.task 'classification'"),
+        ({"gate": {"metric": "log_loss", "minimum": 1}}, "use gate.maximum"),
+        ({"rollout": {"steps_percent": [50, 5]}}, "must rise"),
+        ({"rollout": {"strategy": "bluegreen"}}, "blue_green"),
+        ({"tuning": {"engine": "local"}}, "tuning.parameters is empty"),
+        ({"tuning": {"engine": "local", "parameters": {"a": {"min": 2, "max": 1}}}}, "min 2 must be below max 1"),
+        ({"training": {"train": "no_dots"}}, "training.train"),
+        ({"training": {"train": ".t.t", "window_days": 7, "test_days": 7}}, "leaves nothing of window_days"),
+        ({"retraining": {"violations": 6}}, "can never be reached"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_remedy(sections, words):
+    with pytest.raises(ValidationError, match=words.replace("(", r"\(")):
+        declare(**sections)
+
+
+def test_days_begin_and_end_in_their_time_zone():
+    partitions = Partitions(start=dt.date(2013, 1, 1), timezone="America/New_York")
+    begin, end = partitions.bounds(dt.date(2013, 3, 10))
+    # Summer time begins on that day: it has 23 hours.
+    assert end.astimezone(dt.UTC) - begin.astimezone(dt.UTC) == dt.timedelta(hours=23)
+    assert partitions.day_of(dt.datetime(2013, 3, 11, 3, 59, tzinfo=dt.UTC)) == dt.date(2013, 3, 10)
+
+
+def test_an_unknown_time_zone_and_days_in_the_wrong_order():
+    with pytest.raises(ValidationError, match="IANA"):
+        Partitions(start=dt.date(2013, 1, 1), timezone="New York")
+    with pytest.raises(ValidationError, match="swap"):
+        Partitions(start=dt.date(2013, 1, 2), end=dt.date(2013, 1, 1))
