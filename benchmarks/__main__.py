@@ -15,7 +15,9 @@ NOT_BENCHMARKS = {"__main__", "measure"}
 
 def names() -> list[str]:
     """Every module here that defines `run()`: one benchmark each."""
-    return sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in NOT_BENCHMARKS and not m.name.startswith("_"))
+    return sorted(
+        m.name for m in pkgutil.iter_modules(benchmarks.__path__) if m.name not in NOT_BENCHMARKS and not m.name.startswith("_")
+    )
 
 
 def main(wanted: list[str]) -> int:
@@ -34,7 +36,11 @@ def main(wanted: list[str]) -> int:
 
 
 def line(row: Measurement) -> str:
-    peer = f"{row.peer_name} {row.peer:.4g} {row.unit}, {row.ratio:.3g} x" if row.peer is not None and row.ratio is not None else "no peer"
+    peer = (
+        f"{row.peer_name} {row.peer:.4g} {row.unit}, {row.ratio:.3g} x"
+        if row.peer is not None and row.ratio is not None
+        else "no peer"
+    )
     return f"{row.name:34} {row.ours:.4g} {row.unit:8} {peer:52} goal {row.goal:10} {'met' if row.met else 'NOT met'}"
 
 

@@ -46,4 +46,6 @@ def paired(ours: Callable[[], object], peer: Callable[[], object], runs: int = 5
 def faster(name: str, ours: float, peer: float, peer_name: str, at_least: float, unit: str = "s") -> Measurement:
     """A row for two durations (smaller is better) and the least ratio peer / ours that is wanted."""
     ratio = peer / ours
-    return Measurement(name, unit, ours, peer, peer_name, ratio, f">= {at_least:g} x", ratio >= at_least, f"make benchmark ONLY={name}")
+    return Measurement(
+        name, unit, ours, peer, peer_name, ratio, f">= {at_least:g} x", ratio >= at_least, f"make benchmark ONLY={name}"
+    )
