@@ -197,7 +197,9 @@ class Demo:
         rollout = self._rollout()
         if rollout is not None and rollout.phase is Phase.PROMOTED:
             reached = self.state["replayed_through"]
-            today = dt.date.fromisoformat(reached) + dt.timedelta(days=1) if reached else LAST_BEFORE_REPLAY + dt.timedelta(days=1)
+            today = (
+                dt.date.fromisoformat(reached) + dt.timedelta(days=1) if reached else LAST_BEFORE_REPLAY + dt.timedelta(days=1)
+            )
             self.state["live_from"].setdefault(rollout.candidate, str(today))
             self._save()
 
@@ -218,7 +220,9 @@ class Demo:
             aside.write_text(json.dumps(self.state))
             aside.replace(self.root / "demo.json")
         except OSError as error:
-            raise StorageError(f"{self.root} cannot be written ({error.strerror}); free some space and run the demo again") from error
+            raise StorageError(
+                f"{self.root} cannot be written ({error.strerror}); free some space and run the demo again"
+            ) from error
 
 
 def spec_of(model: str) -> Any:

@@ -67,7 +67,9 @@ def summary(demo: "Demo") -> dict[str, Any]:
         "retrained_because": retrained[0].reason if retrained else None,
         "live_accuracy_by_month": _accuracy_by_month(demo),
         "psi_by_month": _psi_by_month(demo),
-        "report_paths": [report for day in _days(demo, "drift_report") if (report := _json(lake, spec, "drift_report", day)["report"])],
+        "report_paths": [
+            report for day in _days(demo, "drift_report") if (report := _json(lake, spec, "drift_report", day)["report"])
+        ],
         "seconds": demo.state["seconds"],
     }
 
@@ -94,9 +96,13 @@ def _accuracy_by_month(demo: "Demo") -> dict[str, float]:
     lake, spec = demo.resources["data_lake"], demo.spec
     months: dict[str, list[pl.DataFrame]] = {}
     for day in _days(demo, "live_performance"):
-        months.setdefault(f"{day:%Y-%m}", []).append(pl.DataFrame(lake.read(day_key(spec, "live_performance", day))).drop_nulls("label"))
+        months.setdefault(f"{day:%Y-%m}", []).append(
+            pl.DataFrame(lake.read(day_key(spec, "live_performance", day))).drop_nulls("label")
+        )
     right = pl.col("prediction") == pl.col("label")
-    return {month: round(pl.concat(days, how="diagonal_relaxed").select(right.mean()).item(), 4) for month, days in months.items()}
+    return {
+        month: round(pl.concat(days, how="diagonal_relaxed").select(right.mean()).item(), 4) for month, days in months.items()
+    }
 
 
 def _psi_by_month(demo: "Demo") -> dict[str, dict[str, float]]:
@@ -117,7 +123,9 @@ def _psi_by_month(demo: "Demo") -> dict[str, dict[str, float]]:
 def show(found: dict[str, Any], root: Path) -> None:
     """Print what happened, when and why, and where to look."""
     console = Console()
-    versions = Table("version", "trained on", "held-out accuracy", "approved by", "live from", title="What happened", title_justify="left")
+    versions = Table(
+        "version", "trained on", "held-out accuracy", "approved by", "live from", title="What happened", title_justify="left"
+    )
     for v in found["versions"]:
         versions.add_row(str(v["version"]), v["trained_on"], f"{v['accuracy']:.4f}", str(v["approved_by"]), str(v["live_from"]))
     console.print(versions)
@@ -129,5 +137,7 @@ def show(found: dict[str, Any], root: Path) -> None:
     console.print(figures)
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in found["seconds"].items())
     console.print(f"{found['ingested_rows']} rows ingested, {found['predictions']} predictions answered; {seconds}")
-    console.print(f"`mlops up` opens the pages; the newest drift report is {found['report_paths'][-1] if found['report_paths'] else 'none'}")
+    console.print(
+        f"`mlops up` opens the pages; the newest drift report is {found['report_paths'][-1] if found['report_paths'] else 'none'}"
+    )
     console.print(f"everything is under {root}")

@@ -56,7 +56,9 @@ def require_free(name: str, host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise ServingError(f"port {port} for {name} is not free ({error.strerror}); choose another with --{name}-port") from None
+            raise ServingError(
+                f"port {port} for {name} is not free ({error.strerror}); choose another with --{name}-port"
+            ) from None
 
 
 def commands(root: Path, host: str, ports: dict[str, int]) -> list[Page]:
@@ -121,7 +123,10 @@ def wait(running: "dict[Page, subprocess.Popen[bytes]]", logs: Path) -> int:
     while not asked:
         for page, process in running.items():
             if process.poll() is not None:
-                print(f"{page.name} ended with code {process.returncode}; see {logs / (page.name.lower() + '.log')}", file=sys.stderr)
+                print(
+                    f"{page.name} ended with code {process.returncode}; see {logs / (page.name.lower() + '.log')}",
+                    file=sys.stderr,
+                )
                 return 1
         time.sleep(0.2)
     return 0

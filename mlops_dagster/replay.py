@@ -64,32 +64,38 @@ class Replay:
         cuts = sorted({begin, *(m for t in pushed.values() for m in t["event_timestamp"].to_list())})
         for first, last in zip(cuts, [*cuts[1:], end], strict=True):
             known = {view: t.filter(pl.col("event_timestamp") == first).to_arrow() for view, t in pushed.items()}
-            yield Slice({v: t for v, t in known.items() if t.num_rows}, [r for r in requests if first <= r["event_timestamp"] < last])
+            yield Slice(
+                {v: t for v, t in known.items() if t.num_rows}, [r for r in requests if first <= r["event_timestamp"] < last]
+            )
 
     def _requests(self, day: dt.date) -> list[dict[str, Any]]:
         """The rows whose moment of prediction falls on the day (those that were filed a day before or after among them), in order."""
         begin, end = self.spec.source.partitions.bounds(day)
         names = [*self.signature.entities, *(name for name, _ in self.signature.request)]
         wanted = list(dict.fromkeys(["id", "event_timestamp", *names]))
-        around = [self._main(day + dt.timedelta(days=offset)) for offset in (-1, 0, 1)]
-        rows = pl.concat([t.select(wanted) for t in around if t is not None])
-        on_day = rows.filter((pl.col("event_timestamp") >= begin) & (pl.col("event_timestamp") < end)).sort("event_timestamp", "id")
+        around = [self._tables(day + dt.timedelta(days=offset)) for offset in (-1, 0, 1)]
+        rows = pl.concat([next(iter(t.values())).select(wanted) for t in around if t])
+        on_day = rows.filter((pl.col("event_timestamp") >= begin) & (pl.col("event_timestamp") < end)).sort(
+            "event_timestamp", "id"
+        )
         return on_day.to_dicts()
 
-    def _main(self, day: dt.date) -> pl.DataFrame | None:
+    def _tables(self, day: dt.date) -> dict[str, pl.DataFrame]:
+        """What the source has of a day, main table first; nothing outside its days."""
         partitions = self.spec.source.partitions
         if day < partitions.start or (partitions.end is not None and day > partitions.end):
-            return None
+            return {}
         tables = self._read(day)
-        return pl.DataFrame(next(iter(tables.values())) if isinstance(tables, dict) else tables)
+        return {n: pl.DataFrame(t) for n, t in (tables if isinstance(tables, dict) else {"rows": tables}).items()}
 
     def _streamed(self, day: dt.date) -> dict[str, pl.DataFrame]:
         """The day's rows of the views whose values become known in the course of a day (not only at its end)."""
         lake, spec = self.resources["data_lake"], self.spec
         queries = load_callable(spec, "features.compute")()
         streamed = {v: sql for v, sql in queries.items() if self._in_the_course_of_a_day(lake, v)}
-        tables = self._read(day)
-        named = {n: pa.table(t) for n, t in (tables if isinstance(tables, dict) else {"rows": tables}).items()}
+        # The hours before midnight belong to the day before: a value of the early morning may look back at them.
+        days = [self._tables(d) for d in (day - dt.timedelta(days=1), day)]
+        named = {n: pl.concat([t[n] for t in days if t]).to_arrow() for n in days[-1]}
         begin, end = spec.source.partitions.bounds(day)
         engine = self.resources["feature_engine_duckdb"]
         found = {v: pl.DataFrame(engine.run(sql, named, {"day_start": begin, "day_end": end})) for v, sql in streamed.items()}
@@ -101,12 +107,17 @@ class Replay:
         stored = stored_days(lake, self.spec, "features", view)
         if not stored:
             return False
-        return lake.read(day_key(self.spec, "features", stored[-1], view), ["event_timestamp"])["event_timestamp"].unique().__len__() > 1
+        return (
+            lake.read(day_key(self.spec, "features", stored[-1], view), ["event_timestamp"])["event_timestamp"].unique().__len__()
+            > 1
+        )
 
     def _await_log(self, day: dt.date, sent: int) -> None:
         """Wait until every answered row is in the log's segments (they are written twice a second)."""
         deadline = time.monotonic() + LOG_SECONDS
         while (found := self.resources["inference_segments"].read(self.spec.name, day).num_rows) < sent:
             if time.monotonic() > deadline:
-                raise ServingError(f"only {found} of {sent} answered rows of {day} reached the inference log within {LOG_SECONDS:g} s")
+                raise ServingError(
+                    f"only {found} of {sent} answered rows of {day} reached the inference log within {LOG_SECONDS:g} s"
+                )
             time.sleep(0.1)

@@ -45,31 +45,37 @@ class Runner:
 
     def evaluate(self, sensor: str) -> list[str]:
         """Evaluate a sensor once, store its events, and run what it asks for (each run key once); returns the ids of the runs."""
-        with dg.build_sensor_context(instance=self.instance, definitions=self.definitions, sensor_name=sensor) as context:
-            outcome = self.definitions.resolve_sensor_def(sensor).evaluate_tick(context)
+        repository, definition = self.definitions.get_repository_def(), self.definitions.resolve_sensor_def(sensor)
+        resources = {k: r for k, r in repository.get_top_level_resources().items() if k in definition.required_resource_keys}
+        with dg.build_sensor_context(
+            instance=self.instance, repository_def=repository, sensor_name=sensor, resources=resources
+        ) as context:
+            outcome = definition.evaluate_tick(context)
         for event in outcome.asset_events:
             self.instance.report_runless_asset_event(event)
-        return [self._requested(request) for request in outcome.run_requests or [] if not self._known(request.run_key)]
+        return [self._requested(definition.job_name, request) for request in outcome.run_requests or [] if not self._known(request.run_key)]
 
     def _known(self, run_key: str | None) -> bool:
         return bool(run_key) and bool(self.instance.get_run_records(dg.RunsFilter(tags={RUN_KEY_TAG: str(run_key)}), limit=1))
 
-    def _requested(self, request: dg.RunRequest) -> str:
-        job = str(request.job_name)
+    def _requested(self, targeted: str, request: dg.RunRequest) -> str:
+        job = request.job_name or targeted
         tags = {**request.tags, RUN_KEY_TAG: str(request.run_key)}
         return self.run(job, day=request.partition_key, run_config=request.run_config, tags=tags).run_id
 
 
 def failure(result: dg.ExecuteInProcessResult) -> str:
-    """What the first failed step said, without the framework around it."""
+    """What the first failed step said, or the failed blocking check, without the framework around it."""
     for event in result.all_events:
-        data = event.event_specific_data
-        error = getattr(data, "user_failure_data", None) or getattr(data, "error", None)
-        if event.is_step_failure and error is not None:
-            description = getattr(error, "description", None)
-            if description:
-                return description
-            while getattr(error, "cause", None):
+        if event.is_step_failure:
+            error = event.step_failure_data.error
+            failed = [c for c in result.get_asset_check_evaluations() if not c.passed and c.blocking]
+            if error is not None and error.cls_name == "DagsterAssetCheckFailedError" and failed:
+                return "; ".join(f"check {c.check_name} of {c.asset_key.to_user_string()}: {c.description}" for c in failed)
+            told = event.step_failure_data.user_failure_data
+            if told is not None and told.description:
+                return told.description
+            while error is not None and error.cause is not None:
                 error = error.cause
-            return str(error.message).strip()
+            return error.message.strip() if error is not None else "no reason was recorded"
     return "see its log in the Dagster UI"

@@ -10,7 +10,9 @@ from mlops_dagster.resources.registry import approval_state
 def collect(resources: dict[str, Any]) -> list[dict[str, Any]]:
     """One entry for each model that has a version or a ledger entry, in alphabetical order."""
     ledger = resources["ledger"]
-    models = sorted({e.model for e in ledger.entries()} | {key.split("/")[0] for key in resources["data_lake"].list() if "/" in key})
+    models = sorted(
+        {e.model for e in ledger.entries()} | {key.split("/")[0] for key in resources["data_lake"].list() if "/" in key}
+    )
     return [_model(resources, model) for model in models]
 
 
@@ -32,7 +34,8 @@ def _model(resources: dict[str, Any], model: str) -> dict[str, Any]:
         ],
         "rollout": rollout and {"phase": str(rollout.phase), "candidate": rollout.candidate, "reason": rollout.reason},
         "serving": _serving(resources["serving"], model),
-        "last_decision": entries and {"kind": entries[-1].kind, "by": entries[-1].actor, "why": entries[-1].reason, "at": entries[-1].time_iso},
+        "last_decision": entries
+        and {"kind": entries[-1].kind, "by": entries[-1].actor, "why": entries[-1].reason, "at": entries[-1].time_iso},
     }
 
 

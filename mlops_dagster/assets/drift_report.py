@@ -87,7 +87,7 @@ def summarize(spec: ModelSpec, lake: Lake, day: dt.date, folder: str, reference:
         "window_days": len(window),
         "outcome": verdict.outcome.value,
         "drifted": list(verdict.drifted_columns),
-        "reasons": list(verdict.reasons),
+        "reasons": [f"{name}: {verdict.columns[name].reason}" for name in verdict.drifted_columns] or list(verdict.reasons),
         "psi": {name: column.psi for name, column in everything.columns.items()},
         "effect": {name: column.effect for name, column in everything.columns.items()},
     }
@@ -128,9 +128,12 @@ def _metadata(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check(verdict: DriftVerdict) -> dg.AssetCheckResult:
-    because = "; ".join(verdict.reasons[:3]) or f"{len(verdict.columns)} columns within the limit"
     inconclusive = verdict.outcome is DriftOutcome.INCONCLUSIVE
-    text = f"INCONCLUSIVE: {because}" if inconclusive else because
-    return check_result(
-        "psi", verdict.outcome is not DriftOutcome.FAIL, text, {"drifted": list(verdict.drifted_columns)}, warn=inconclusive
-    )
+    drifted_columns = list(verdict.drifted_columns)
+    because = f"{len(verdict.columns)} columns within the limit"
+    if drifted_columns:
+        worst = "; ".join(f"{name}: {verdict.columns[name].reason}" for name in drifted_columns[:3])
+        because = f"{len(drifted_columns)} of {len(verdict.columns)} columns drifted ({', '.join(drifted_columns)}). {worst}"
+    elif inconclusive:
+        because = f"INCONCLUSIVE: {'; '.join(verdict.reasons[:3])}"
+    return check_result("psi", not drifted_columns, because, {"drifted": drifted_columns}, warn=inconclusive)

@@ -63,10 +63,8 @@ def compute_day(spec: ModelSpec, lake: Lake, engine: Any, queries: dict[str, str
     """Every view's rows that became known during a day, sorted. Raises DataError for SQL that returns the wrong columns."""
     begin, end = spec.source.partitions.bounds(day)
     sources = {name: _inputs(spec, lake, name, day) for name in tables(lake, spec)}
-    return {
-        view: _within(view, engine.run(sql, sources, {"day_start": begin, "day_end": end}), begin, end)
-        for view, sql in queries.items()
-    }
+    made = engine.run_all(queries, sources, {"day_start": begin, "day_end": end})
+    return {view: _within(view, rows, begin, end) for view, rows in made.items()}
 
 
 def _inputs(spec: ModelSpec, lake: Lake, table: str, day: dt.date) -> list[str]:
@@ -139,7 +137,8 @@ def online_check(spec: ModelSpec, store: Any, views: dict[str, pa.Table], moment
     if not rows:
         return check_result("online_equals_offline", True, "no entity has a value on this day")
     offline = store.historical(spec.name, pa.Table.from_pylist([{**row, "event_timestamp": moment} for row in rows])).to_pylist()
-    online = store.online(spec.name, rows)
+    # As of the same moment: a value's time to live counts from there, not from the wall clock.
+    online = store.online(spec.name, [{**row, "event_timestamp": moment} for row in rows])
     names = [name for name, _ in store.signature(spec.name).features]
     pairs = [(f"{row} {n}", a.get(n), b.get(n)) for row, a, b in zip(rows, offline, online, strict=True) for n in names]
     different = [f"{what}: offline {a}, online {b}" for what, a, b in pairs if not same_value(a, b)]

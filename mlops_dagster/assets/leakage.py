@@ -35,8 +35,9 @@ def _leaks(spec: ModelSpec, lake: Lake, engine: Any, queries: Mapping[str, str],
     leaks = []
     for cutoff in (begin + (end - begin) / 2, end):
         masked = {name: mask(spec, lake, name, position == 0, day, cutoff) for position, name in enumerate(tables(lake, spec))}
-        for view, sql in queries.items():
-            known = _until(engine.run(sql, masked, {"day_start": begin, "day_end": end}), begin, cutoff)
+        recomputed = engine.run_all(queries, masked, {"day_start": begin, "day_end": end})
+        for view in queries:
+            known = _until(recomputed[view], begin, cutoff)
             full = _until(everything[view], begin, cutoff)
             columns = differing_columns(full, known)
             if columns:

@@ -66,16 +66,21 @@ def _read(spec: ModelSpec, read: Any, day: dt.date) -> dict[str, pa.Table]:
                 f"source.read returned {type(table).__name__} for {day} (table {name!r}); return a pyarrow, polars or pandas table, "
                 "empty where the day has no rows"
             )
-        tables[name] = microseconds(pa.table(table))
+        tables[name] = plain_types(pa.table(table))
     return tables
 
 
-def microseconds(table: pa.Table) -> pa.Table:
-    """The table without Pandas' metadata and with timestamps in microseconds, which every engine compares and Feast can store."""
-    fields = [
-        f.with_type(pa.timestamp("us", f.type.tz)) if pa.types.is_timestamp(f.type) and f.type.unit != "us" else f for f in table.schema
-    ]
-    return table.cast(pa.schema(fields), safe=False)
+def plain_types(table: pa.Table) -> pa.Table:
+    """The table in the types that every engine shares: timestamps in microseconds (which Feast can store), one string type."""
+    return table.cast(pa.schema([f.with_type(_plain(f.type)) for f in table.schema]), safe=False)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_string_view(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    return kind
 
 
 def _day_metadata(tables: dict[str, pa.Table], files: list[StoredFile], commit: str) -> dict[str, Any]:

@@ -182,7 +182,7 @@ def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
             return
         routes, arms = Routes.all_to(state.candidate), (state.candidate,)
     versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
-    running = [_arm(parts, spec, key, versions[version_of(key)], state) for key in dict.fromkeys((*routes.arms, *arms))]
+    running = [_arm(parts, spec, key, versions[version_of(key)]) for key in dict.fromkeys((*routes.arms, *arms))]
     parts.serving.apply(spec.name, running, routes, options_of(parts, spec))
     _set_aliases(parts, spec, state, versions)
 
@@ -197,13 +197,14 @@ def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
     )
 
 
-def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version, state: RolloutState) -> Arm:
-    role = (
-        "baseline" if key.endswith(BASELINE) else "candidate" if key == state.candidate and not state.phase.final else "champion"
+def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version) -> Arm:
+    """A version's server. Its name stays the same through the whole rollout: who is champion is the routes' and the registry's to say."""
+    return Arm(
+        str(version.number),
+        str(_artifact(parts, spec, version)),
+        version.digest,
+        "baseline" if key.endswith(BASELINE) else "version",
     )
-    if state.phase is Phase.PROMOTED and key != state.candidate:
-        role = "previous"
-    return Arm(str(version.number), str(_artifact(parts, spec, version)), version.digest, role)
 
 
 def _artifact(parts: Parts, spec: ModelSpec, version: Version) -> Path:

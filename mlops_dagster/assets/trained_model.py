@@ -2,7 +2,6 @@
 
 import pickle
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def store(spec: ModelSpec, lake: Lake, estimator: Any, signature: Signature, row
     """Write the artifact to the lake; returns its digest and how far its answers on the held-out rows are from the estimator's."""
     features = rows.select([f.name for f in signature.features])
     custom = load_callable(spec, "training.export") if spec.training.export else None
-    model = onnx_export.export(estimator, asdict(signature), custom)
+    model = onnx_export.export(estimator, signature, custom)
     held_out = features.filter(pc.equal(rows["split"], "test")).to_pandas()
     with tempfile.TemporaryDirectory(prefix="mlops-artifact-") as temporary:
         folder = Path(temporary)

@@ -26,6 +26,6 @@ class FolderSegments(ConfigurableResource):
 
     def read(self, model: str, day: dt.date) -> "pa.Table":
         """See InferenceSegments.read."""
-        from mlops_dagster.serving.inference_log import read_segments
+        from mlops_dagster.serving.segments import read_segments
 
         return read_segments(Path(self.root), model, day)
