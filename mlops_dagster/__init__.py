@@ -15,3 +15,8 @@ def __getattr__(name: str) -> Any:
 
         return ModelLifecycle
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    # dg finds the component by listing this module.
+    return [*globals(), *__all__]

@@ -10,7 +10,12 @@ import typer
 
 from mlops_dagster.core.errors import MlopsError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Carry declared models from raw data to a watched deployment.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Carry declared models from raw data to a watched deployment.",
+)
 
 Model = Annotated[str, typer.Argument(help="The model's name (its folder under defs/).")]
 VersionNumber = Annotated[int, typer.Argument(help="The version's number in the registry.", min=1)]

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,12 @@ def only_one(root: Path):
     from mlops_dagster.core.errors import TransientError
     from mlops_dagster.resources import file_lock
 
-    try:
-        with file_lock.held(root / "demo.lock", 0.1):
-            yield
-    except TransientError:
-        raise TerminalError(f"another demo is running on {root}; wait for it, or set MLOPS_HOME to another folder") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock.held(root / "demo.lock", 0.1))
+        except TransientError:
+            raise TerminalError(f"another demo is running on {root}; wait for it, or set MLOPS_HOME to another folder") from None
+        yield
 
 
 class Demo:

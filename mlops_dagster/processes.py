@@ -8,9 +8,13 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlops_dagster import instance
 from mlops_dagster.core.errors import ServingError, StorageError
+
+if TYPE_CHECKING:
+    from mlops_dagster.resources.serving.embedded import EmbeddedServing
 
 STOP_SECONDS = 20
 
@@ -21,7 +25,7 @@ class Page:
 
     name: str
     url: str
-    command: list[str]
+    command: tuple[str, ...]
 
 
 def up(root: Path, host: str, ports: dict[str, int]) -> int:
@@ -64,27 +68,18 @@ def require_free(name: str, host: str, port: int) -> None:
 def commands(root: Path, host: str, ports: dict[str, int]) -> list[Page]:
     """The three servers with UIs."""
     workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").exists() else ["-m", "mlops_dagster.definitions"]
-    python = [sys.executable, "-m"]
     mlflow = root / "mlflow"
-    return [
-        Page(
-            "Dagster",
-            f"http://{host}:{ports['dagster']}",
-            [*python, "dagster", "dev", *workspace, "-h", host, "-p", str(ports["dagster"])],
-        ),
-        Page(
-            "MLflow",
-            f"http://{host}:{ports['mlflow']}",
-            [*python, "mlflow", "server", "--backend-store-uri", f"sqlite:///{mlflow / 'mlflow.db'}", "--artifacts-destination"]
-            + [str(mlflow / "artifacts"), "--host", host, "--port", str(ports["mlflow"]), "--workers", "1"],
-        ),
-        Page(
-            "Evidently",
-            f"http://{host}:{ports['evidently']}",
-            [*python, "evidently", "ui", "--workspace", str(root / "reports" / "workspace"), "--host", host]
-            + ["--port", str(ports["evidently"])],
-        ),
-    ]
+    modules = {
+        "Dagster": ["dagster", "dev", *workspace],
+        "MLflow": ["mlflow", "server", "--backend-store-uri", f"sqlite:///{mlflow / 'mlflow.db'}", "--workers", "1"],
+        "Evidently": ["evidently.cli", "ui", "--workspace", str(root / "reports" / "workspace")],
+    }
+    modules["MLflow"] += ["--artifacts-destination", str(mlflow / "artifacts")]
+    pages = []
+    for name, module in modules.items():
+        port = str(ports[name.lower()])
+        pages.append(Page(name, f"http://{host}:{port}", (sys.executable, "-m", *module, "--host", host, "--port", port)))
+    return pages
 
 
 def start(page: Page, logs: Path) -> "subprocess.Popen[bytes]":
@@ -93,16 +88,16 @@ def start(page: Page, logs: Path) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(page.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
-def start_serving():
+def start_serving() -> "EmbeddedServing":
     """The serving host with every model that is deployed."""
     from mlops_dagster.profiles import Settings, embedded
 
-    serving = embedded(Settings())["serving"]
+    serving: Any = embedded(Settings())["serving"]
     serving.start()
     return serving
 
 
-def tell(pages: list[Page], serving, logs: Path) -> None:
+def tell(pages: list[Page], serving: "EmbeddedServing", logs: Path) -> None:
     """Print what is where."""
     from rich.console import Console
     from rich.table import Table

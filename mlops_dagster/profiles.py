@@ -14,10 +14,12 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MLOPS_")
 
-    home: Path = Field(Path(".mlops"), description="Folder of everything that the embedded profile keeps.")
-    profile: Literal["embedded"] = Field("embedded", description="Which backends are used.")
-    wandb: bool = Field(False, description="Mirror tracked runs to Weights & Biases (offline unless WANDB_MODE says otherwise).")
-    ledger_url: str | None = Field(None, description="SQLAlchemy URL of the ledger; default: SQLite in `home`.")
+    home: Path = Field(default=Path(".mlops"), description="Folder of everything that the embedded profile keeps.")
+    profile: Literal["embedded"] = Field(default="embedded", description="Which backends are used.")
+    wandb: bool = Field(
+        default=False, description="Mirror tracked runs to Weights & Biases (offline unless WANDB_MODE says otherwise)."
+    )
+    ledger_url: str | None = Field(default=None, description="SQLAlchemy URL of the ledger; default: SQLite in `home`.")
 
     @property
     def root(self) -> Path:

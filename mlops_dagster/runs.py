@@ -53,7 +53,11 @@ class Runner:
             outcome = definition.evaluate_tick(context)
         for event in outcome.asset_events:
             self.instance.report_runless_asset_event(event)
-        return [self._requested(definition.job_name, request) for request in outcome.run_requests or [] if not self._known(request.run_key)]
+        return [
+            self._requested(str(definition.job_name), request)
+            for request in outcome.run_requests or []
+            if not self._known(request.run_key)
+        ]
 
     def _known(self, run_key: str | None) -> bool:
         return bool(run_key) and bool(self.instance.get_run_records(dg.RunsFilter(tags={RUN_KEY_TAG: str(run_key)}), limit=1))

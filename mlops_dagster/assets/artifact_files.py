@@ -66,8 +66,10 @@ def answers(folder: Path, digest: str, rows: pa.Table) -> Answers:
     scorer = Scorer(artifact.load(folder, digest), threads=2)
     columns = [_column(rows[f.name], f.dtype) for f in scorer.signature.features]
     prediction, probabilities = scorer.many(columns, rows.num_rows)
-    two = probabilities is not None and probabilities.shape[1] == 2
-    return Answers(np.asarray(prediction).reshape(-1).astype(float), probabilities[:, 1].astype(float) if two else None)
+    values = np.asarray(prediction).reshape(-1).astype(float)
+    if probabilities is None or probabilities.shape[1] != 2:
+        return Answers(values, None)
+    return Answers(values, probabilities[:, 1].astype(float))
 
 
 def _column(column: pa.ChunkedArray, dtype: str) -> "np.ndarray":

@@ -3,8 +3,8 @@
 from typing import Any
 
 import dagster as dg
-import pyarrow.compute as pc
 
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.lake_paths import read_manifest, write_manifest
 from mlops_dagster.assets.metadata import table
 from mlops_dagster.assets.references import load_callable

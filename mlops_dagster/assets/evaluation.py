@@ -6,8 +6,8 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.artifact_files import Answers, answers, local_copy
 from mlops_dagster.assets.lake_paths import read_manifest, require_same, write_manifest
 from mlops_dagster.assets.metadata import table

@@ -78,7 +78,7 @@ def _inputs(spec: ModelSpec, lake: Lake, table: str, day: dt.date) -> list[str]:
 
 def _within(view: str, rows: pa.Table, begin: dt.datetime, end: dt.datetime) -> pa.Table:
     """The rows with `begin < event_timestamp <= end`, in microseconds UTC, in a fixed order."""
-    import pyarrow.compute as pc
+    from mlops_dagster.assets.arrow import pc
 
     if "event_timestamp" not in rows.column_names:
         raise DataError(
@@ -115,7 +115,7 @@ def write_versions(lake: Lake, key: str, rows: pa.Table, now: dt.datetime | None
 
 def newest_event(new: dict[dt.date, dict[str, pa.Table]]) -> str:
     """The newest moment of any stored value: how fresh the online store is."""
-    import pyarrow.compute as pc
+    from mlops_dagster.assets.arrow import pc
 
     moments = [pc.max(t["event_timestamp"]).as_py() for views in new.values() for t in views.values() if t.num_rows]
     return max(moments).isoformat() if moments else "none"

@@ -2,8 +2,8 @@
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.lake_paths import day_key, digest_of
 from mlops_dagster.assets.metadata import column_schema, table
 from mlops_dagster.assets.smoke import REQUEST_ID_PREFIX

@@ -6,8 +6,8 @@ from typing import Any
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.features import compute_day
 from mlops_dagster.assets.lake_paths import day_key, day_range, stored_days, tables
 from mlops_dagster.assets.references import load_callable

@@ -182,7 +182,7 @@ def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
             return
         routes, arms = Routes.all_to(state.candidate), (state.candidate,)
     versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
-    running = [_arm(parts, spec, key, versions[version_of(key)]) for key in dict.fromkeys((*routes.arms, *arms))]
+    running = [_arm(parts, spec, key, versions[version_of(key)], state) for key in dict.fromkeys((*routes.arms, *arms))]
     parts.serving.apply(spec.name, running, routes, options_of(parts, spec))
     _set_aliases(parts, spec, state, versions)
 
@@ -197,14 +197,16 @@ def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
     )
 
 
-def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version) -> Arm:
-    """A version's server. Its name stays the same through the whole rollout: who is champion is the routes' and the registry's to say."""
-    return Arm(
-        str(version.number),
-        str(_artifact(parts, spec, version)),
-        version.digest,
-        "baseline" if key.endswith(BASELINE) else "version",
-    )
+def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version, state: RolloutState) -> Arm:
+    """A version's server and its part: a champion or previous version may stand in for a dead arm, a candidate may not."""
+    part = "champion"
+    if key.endswith(BASELINE):
+        part = "baseline"
+    elif key == state.candidate and state.phase is not Phase.PROMOTED:
+        part = "candidate"
+    elif key != state.candidate and state.phase is Phase.PROMOTED:
+        part = "previous"
+    return Arm(str(version.number), str(_artifact(parts, spec, version)), version.digest, part)
 
 
 def _artifact(parts: Parts, spec: ModelSpec, version: Version) -> Path:
@@ -241,7 +243,15 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
         ready = failed is not None and failed.phase is ServerPhase.READY and (state.champion is not None or seen.ready)
         return judge_start(ready, smoke_failures(parts, spec, state.candidate) if ready else ())
     judged = engine.verdict_on(state, _measured(parts, spec, state, now), policy_of(spec), now)
-    return judged or Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
+    if judged is None:
+        return Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
+    step = state.current
+    if step.routes.match is not None and judged.outcome is not Outcome.FAIL and judged.requests < step.minimum_requests:
+        # No caller reaches a preview by weight: what it must answer before the switch are our own requests.
+        wrong = smoke_failures(parts, spec, state.candidate, step.minimum_requests - judged.requests)
+        if wrong:
+            return Verdict(Outcome.FAIL, tuple(f"preview: {failure}" for failure in wrong))
+    return judged
 
 
 def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Measurements:

@@ -1,7 +1,7 @@
 """Metrics of predictions against labels, by scikit-learn, under the names of core.metrics."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlops_dagster.core.metrics import METRICS, Task
 
@@ -18,8 +18,10 @@ def scores(task: Task, label: "np.ndarray", prediction: "np.ndarray", score: "np
 
 
 def _classification(label: "np.ndarray", prediction: "np.ndarray", score: "np.ndarray | None") -> dict[str, float]:
-    from sklearn import metrics as sk
+    from sklearn import metrics
 
+    # Its annotations say that zero_division is text; its documentation, that it is text or a number.
+    sk: Any = metrics
     average = "binary" if set(label) | set(prediction) <= {0, 1} else "macro"
     found = {
         "accuracy": sk.accuracy_score(label, prediction),

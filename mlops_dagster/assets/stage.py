@@ -38,7 +38,7 @@ def code_references(spec: ModelSpec, fields: Iterable[str]) -> dict[str, Any]:
     """Metadata that links a stage to the model's own Python."""
     known = dict(references.declared(spec))
     places = [(field, references.locate(field, known[field])) for field in fields if field in known]
-    links = [dg.LocalFileCodeReference(file_path=str(p.file), line_number=p.line, label=field) for field, p in places]
+    links: list[Any] = [dg.LocalFileCodeReference(file_path=str(p.file), line_number=p.line, label=field) for field, p in places]
     return {"dagster/code_references": dg.CodeReferencesMetadataValue(code_references=links)} if links else {}
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import dagster as dg
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlops_dagster.assets import provenance
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.artifact_files import Answers, answers, upload
 from mlops_dagster.assets.lake_paths import canonical, read_manifest, require_same, write_manifest
 from mlops_dagster.assets.plots import distributions

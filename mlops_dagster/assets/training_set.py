@@ -5,9 +5,9 @@ from typing import Any
 
 import dagster as dg
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlops_dagster.assets import leakage
+from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.lake_paths import day_key, day_range, stored_days, tables, write_manifest
 from mlops_dagster.assets.metadata import column_schema, picture
 from mlops_dagster.assets.stage import check_result, stage

@@ -1,4 +1,17 @@
-"""Whether two profiles differ by more than a limit, and by more than chance."""
+"""Whether two profiles differ by more than a limit, and by more than chance.
+
+Samples of n and m rows of one distribution over B bins have a PSI that is, times n m / (n + m), chi-square with B -
+1 degrees of freedom. Its mean, (B - 1)(1/n + 1/m), is bias and is taken off: `effect`. The quantile that all
+`comparisons` (default: the number of columns; give columns x slices where slices are judged together) exceed with
+probability `false_alarms` at most is `noise` (Bonferroni). So neither more columns nor more rows mean drift by
+themselves: noise falls with the rows, the limit on the effect does not. Source: Yurdakul, "Statistical Properties
+of Population Stability Index" (Western Michigan University, 2018); Yurdakul & Naranjo, Journal of Risk Model
+Validation 14(4) (2020).
+
+An empty bin whose share is replaced by `epsilon` makes PSI many times as volatile as that law says. Compared with
+the noise is therefore the PSI of the counts plus one half in each bin (Jeffreys' prior; Krichevsky & Trofimov
+1981), which keeps to it from 100 rows on; and the effect is that of the smaller of the two.
+"""
 
 import math
 from collections.abc import Mapping
@@ -65,17 +78,8 @@ def drifted(
 ) -> DriftVerdict:
     """Whether any column's PSI is beyond `max_psi` (its own limit, where `max_psi_by_column` has one), not by chance.
 
-    Samples of n and m rows of one distribution over B bins have a PSI that is, times n m / (n + m), chi-square with B -
-    1 degrees of freedom. Its mean, (B - 1)(1/n + 1/m), is bias and is taken off: `effect`. The quantile that all
-    `comparisons` (default: the number of columns; give columns x slices where slices are judged together) exceed with
-    probability `false_alarms` at most is `noise` (Bonferroni). So neither more columns nor more rows mean drift by
-    themselves: noise falls with the rows, the limit on the effect does not. Source: Yurdakul, "Statistical Properties
-    of Population Stability Index" (Western Michigan University, 2018); Yurdakul & Naranjo, Journal of Risk Model
-    Validation 14(4) (2020).
-
-    An empty bin whose share is replaced by `epsilon` makes PSI many times as volatile as that law says. Compared with
-    the noise is therefore the PSI of the counts plus one half in each bin (Jeffreys' prior; Krichevsky & Trofimov
-    1981), which keeps to it from 100 rows on; and the effect is that of the smaller of the two.
+    `false_alarms` is the probability with which all `comparisons` together may exceed the noise (default: as many as columns;
+    give columns x slices where slices are judged together). How noise and effect are computed: see this module.
 
     FAIL: effect > limit, and beyond noise. INCONCLUSIVE: fewer than `minimum_rows` on a side, or noise beyond the limit
     (the sample is too small to show that much), or an effect beyond the limit that chance explains. Else PASS. The
@@ -98,11 +102,15 @@ def drifted(
         name: _judged(column.bins(), current.columns[name].bins(), limits[name], tail, epsilon)
         for name, column in reference.columns.items()
     }
-    for outcome in (DriftOutcome.FAIL, DriftOutcome.INCONCLUSIVE):
-        reasons = tuple(f"{name}: {c.reason}" for name, c in columns.items() if c.outcome is outcome)
-        if reasons:
-            return DriftVerdict(outcome, reasons, columns, reference.rows, current.rows)
-    return DriftVerdict(DriftOutcome.PASS, (), columns, reference.rows, current.rows)
+    outcome = _worst(columns)
+    reasons = tuple(f"{name}: {c.reason}" for name, c in columns.items() if c.outcome is outcome is not DriftOutcome.PASS)
+    return DriftVerdict(outcome, reasons, columns, reference.rows, current.rows)
+
+
+def _worst(columns: Mapping[str, ColumnVerdict]) -> DriftOutcome:
+    found = {column.outcome for column in columns.values()}
+    order = (DriftOutcome.FAIL, DriftOutcome.INCONCLUSIVE, DriftOutcome.PASS)
+    return next((outcome for outcome in order if outcome in found), DriftOutcome.INCONCLUSIVE)
 
 
 def _limits(reference: Profile, max_psi: float, by_column: Mapping[str, float]) -> dict[str, float]:

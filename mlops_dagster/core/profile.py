@@ -62,8 +62,7 @@ class Profile:
         times as fast: PSI, Jensen-Shannon, chi-square, missing values and moments stay exact; Kolmogorov-Smirnov and
         Wasserstein are those of every k-th row.
 
-        Raises DataError naming the column that is missing, repeated, of another kind than in `like` or of a type that
-        has no profile.
+        Raises DataError naming a column that is missing, repeated, of another kind than in `like`, or of an unknown type.
         """
         from mlops_dagster.core.profile_building import Plan, profile
 

@@ -50,12 +50,12 @@ def decide(policy: Retraining, evaluations: Sequence[Evaluation], state: Trainin
     if state.trained_through is None:
         return Decision(False)
     reasons = [
-        reason for trigger in ("drift", "accuracy") if trigger in policy.on for reason in _fired(policy, trigger, evaluations)
+        reason for trigger in ("drift", "accuracy") if trigger in policy.triggers for reason in _fired(policy, trigger, evaluations)
     ]
     age = (today - state.trained_through).days
-    if "age" in policy.on and age >= policy.max_age_days:
+    if "age" in policy.triggers and age >= policy.max_age_days:
         reasons.append(f"age: the newest version was trained on data up to {age} days ago, limit {policy.max_age_days}")
-    if "new_labels" in policy.on and state.new_labels >= policy.new_labels:
+    if "new_labels" in policy.triggers and state.new_labels >= policy.new_labels:
         reasons.append(f"new_labels: {state.new_labels} labelled rows since the last training, enough are {policy.new_labels}")
     return Decision(bool(reasons) and (held := _held_by(policy, state, today)) is None, tuple(reasons), held if reasons else None)
 

@@ -30,8 +30,8 @@ class Partitions(Section):
     """The days that the source has."""
 
     start: dt.date = Field(description="First day.")
-    end: dt.date | None = Field(None, description="Last day, itself included; absent: until today.")
-    timezone: str = Field("UTC", description="IANA time zone that a day begins and ends in.")
+    end: dt.date | None = Field(default=None, description="Last day, itself included; absent: until today.")
+    timezone: str = Field(default="UTC", description="IANA time zone that a day begins and ends in.")
 
     @field_validator("timezone")
     @classmethod
@@ -47,10 +47,11 @@ class Partitions(Section):
         return self
 
     def bounds(self, day: dt.date) -> tuple[dt.datetime, dt.datetime]:
-        """The moments at which a day begins and ends (the end belongs to the next day)."""
+        """The moments, in UTC, at which a day begins and ends (the end belongs to the next day)."""
         zone = ZoneInfo(self.timezone)
-        begin = dt.datetime.combine(day, dt.time(), zone)
-        return begin, dt.datetime.combine(day + dt.timedelta(days=1), dt.time(), zone)
+        midnights = (dt.datetime.combine(d, dt.time(), zone) for d in (day, day + dt.timedelta(days=1)))
+        begin, end = (midnight.astimezone(dt.UTC) for midnight in midnights)
+        return begin, end
 
     def day_of(self, moment: dt.datetime) -> dt.date:
         """The day that a moment (with a time zone) falls on."""
@@ -67,7 +68,7 @@ class Source(Section):
         default_factory=dict,
         description="Column of the main table -> timestamp column from which on it is known; the leakage check masks by it.",
     )
-    max_rejected_share: Share = Field(0.05, description="Largest share of a day's rows that the schema may reject.")
+    max_rejected_share: Share = Field(default=0.05, description="Largest share of a day's rows that the schema may reject.")
 
 
 class Features(Section):
@@ -75,28 +76,32 @@ class Features(Section):
 
     define: Reference = Field(description="`feature_views(source) -> list` of Feast entities and feature views.")
     compute: Reference = Field(description="`compute() -> {view: SQL}` over the validated tables, in DuckDB's dialect.")
-    engine: Literal["duckdb", "spark", "ray"] = Field("duckdb", description="What runs the SQL.")
-    lookback_days: int = Field(14, ge=0, le=3660, description="Days before a partition's day that the SQL may read.")
-    max_null_share: Share = Field(0.5, description="Largest share of missing values in a stored feature.")
+    engine: Literal["duckdb", "spark", "ray"] = Field(default="duckdb", description="What runs the SQL.")
+    lookback_days: int = Field(default=14, ge=0, le=3660, description="Days before a partition's day that the SQL may read.")
+    max_null_share: Share = Field(default=0.5, description="Largest share of missing values in a stored feature.")
 
 
 class Label(Section):
     """What is predicted."""
 
     column: str = Field(min_length=1, description="Column of the main table; null until the label has landed.")
-    lands_after_hours: float = Field(24, ge=0, description="Hours after the end of a day until its labels are final.")
+    lands_after_hours: float = Field(default=24, ge=0, description="Hours after the end of a day until its labels are final.")
 
 
 class Training(Section):
     """How the estimator is made."""
 
     train: Reference = Field(description="`train(features, label, **parameters) -> estimator`.")
-    task: Task = Field("classification", description="Kind of label.")
-    baseline: Reference | None = Field(None, description="`naive(features) -> predictions`; default: majority class or mean.")
-    export: Reference | None = Field(None, description="`to_onnx(estimator, signature) -> ModelProto`; default: skl2onnx.")
-    engine: Literal["local", "ray"] = Field("local", description="Where `train` runs.")
-    window_days: int = Field(60, ge=1, description="Days of rows that a training set covers, the test days included.")
-    test_days: int = Field(14, ge=1, description="The last days of the window, held out for the evaluation.")
+    task: Task = Field(default="classification", description="Kind of label.")
+    baseline: Reference | None = Field(
+        default=None, description="`naive(features) -> predictions`; default: majority class or mean."
+    )
+    export: Reference | None = Field(
+        default=None, description="`to_onnx(estimator, signature) -> ModelProto`; default: skl2onnx."
+    )
+    engine: Literal["local", "ray"] = Field(default="local", description="Where `train` runs.")
+    window_days: int = Field(default=60, ge=1, description="Days of rows that a training set covers, the test days included.")
+    test_days: int = Field(default=14, ge=1, description="The last days of the window, held out for the evaluation.")
     parameters: dict[str, Any] = Field(default_factory=dict, description="Passed to `train`; tuning overrides them.")
 
     @model_validator(mode="after")
@@ -109,10 +114,12 @@ class Training(Section):
 class Tuning(Section):
     """The search for parameters."""
 
-    engine: Literal["none", "local", "ray"] = Field("none", description="`none` uses training.parameters as they are.")
-    algorithm: Literal["random", "tpe", "grid", "cmaes", "halton", "sobol"] = Field("tpe", description="Search algorithm.")
-    trials: int = Field(20, ge=1, description="How many parameter sets are tried.")
-    metric: str | None = Field(None, description="Metric to optimise; default: the gate's.")
+    engine: Literal["none", "local", "ray"] = Field(default="none", description="`none` uses training.parameters as they are.")
+    algorithm: Literal["random", "tpe", "grid", "cmaes", "halton", "sobol"] = Field(
+        default="tpe", description="Search algorithm."
+    )
+    trials: int = Field(default=20, ge=1, description="How many parameter sets are tried.")
+    metric: str | None = Field(default=None, description="Metric to optimise; default: the gate's.")
     parameters: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="`{name: {min, max, log?, integer?} | {choices: [...]}}`."
     )
@@ -138,12 +145,14 @@ class Evaluation(Section):
 class Gate(Section):
     """What a version must reach on the held-out rows before it is registered."""
 
-    metric: str = Field("accuracy", description="One of core.metrics.METRICS.")
-    minimum: float | None = Field(None, description="Least value; 0.9 where the metric is accuracy and nothing is said.")
-    maximum: float | None = Field(None, description="Largest value, for metrics where less is better.")
-    tolerance_to_champion: float = Field(0.0, ge=0, description="How much worse than the champion, on the same rows, is allowed.")
+    metric: str = Field(default="accuracy", description="One of core.metrics.METRICS.")
+    minimum: float | None = Field(default=None, description="Least value; 0.9 where the metric is accuracy and nothing is said.")
+    maximum: float | None = Field(default=None, description="Largest value, for metrics where less is better.")
+    tolerance_to_champion: float = Field(
+        default=0.0, ge=0, description="How much worse than the champion, on the same rows, is allowed."
+    )
     gain_over_baseline: float | None = Field(
-        None, description="How much better than the naive baseline, on the same rows, is needed."
+        default=None, description="How much better than the naive baseline, on the same rows, is needed."
     )
 
     @model_validator(mode="after")
@@ -169,25 +178,29 @@ class Gate(Section):
 class Rollout(Section):
     """How an approved version replaces the one that serves."""
 
-    strategy: Literal["blue_green", "canary", "shadow", "ab_test"] = Field("canary", description="Deployment strategy.")
-    steps_percent: list[Annotated[float, Field(gt=0, le=100)]] = Field([5, 25, 50], description="Canary weights, rising.")
+    strategy: Literal["blue_green", "canary", "shadow", "ab_test"] = Field(default="canary", description="Deployment strategy.")
+    steps_percent: list[Annotated[float, Field(gt=0, le=100)]] = Field(default=[5, 25, 50], description="Canary weights, rising.")
     pauses: list[Annotated[float, Field(gt=0, le=100)]] = Field(
         default_factory=list, description="The canary weights after which a person must resume."
     )
-    baseline_arm: bool = Field(False, description="Compare the canary with a fresh server of the champion of equal weight.")
-    step_seconds: float = Field(60, gt=0, description="Least time on a step.")
-    watch_seconds: float = Field(
-        300, gt=0, description="How long the new version is watched with all traffic before it is champion."
+    baseline_arm: bool = Field(
+        default=False, description="Compare the canary with a fresh server of the champion of equal weight."
     )
-    keep_warm_seconds: float = Field(3600, ge=0, description="How long the old version runs on for an instant way back.")
-    minimum_requests: int = Field(500, ge=1, description="Least requests an arm must answer before it is judged.")
-    alpha: float = Field(0.01, gt=0, lt=1, description="Chance that a version as good as the champion is ever rolled back.")
-    max_error_rate: Share = Field(0.05, description="Largest share of failed requests.")
-    shadow_seconds: float = Field(3600, gt=0, description="How long a shadow answers copies.")
-    shadow_ends: Literal["hold", "promote"] = Field("hold", description="What a shadow that passed waits for.")
-    ab_percent: float = Field(50, gt=0, lt=100, description="Share of the new version in an A/B test.")
-    ab_minimum_effect: float = Field(0.01, gt=0, description="Least gain that is worth a change.")
-    ab_maximum_seconds: float = Field(14 * 86_400, gt=0, description="Longest A/B test; then the champion stays.")
+    step_seconds: float = Field(default=60, gt=0, description="Least time on a step.")
+    watch_seconds: float = Field(
+        default=300, gt=0, description="How long the new version is watched with all traffic before it is champion."
+    )
+    keep_warm_seconds: float = Field(default=3600, ge=0, description="How long the old version runs on for an instant way back.")
+    minimum_requests: int = Field(default=500, ge=1, description="Least requests an arm must answer before it is judged.")
+    alpha: float = Field(
+        default=0.01, gt=0, lt=1, description="Chance that a version as good as the champion is ever rolled back."
+    )
+    max_error_rate: Share = Field(default=0.05, description="Largest share of failed requests.")
+    shadow_seconds: float = Field(default=3600, gt=0, description="How long a shadow answers copies.")
+    shadow_ends: Literal["hold", "promote"] = Field(default="hold", description="What a shadow that passed waits for.")
+    ab_percent: float = Field(default=50, gt=0, lt=100, description="Share of the new version in an A/B test.")
+    ab_minimum_effect: float = Field(default=0.01, gt=0, description="Least gain that is worth a change.")
+    ab_maximum_seconds: float = Field(default=14 * 86_400, gt=0, description="Longest A/B test; then the champion stays.")
 
     @field_validator("steps_percent")
     @classmethod
@@ -200,27 +213,35 @@ class Rollout(Section):
 class Monitoring(Section):
     """The limits that a deployed version is watched by."""
 
-    max_psi: float = Field(0.3, gt=0, description="Largest population stability index of a feature or of the prediction.")
-    max_p99_latency_ms: float = Field(100, gt=0, description="Largest 99th percentile of the answer time, milliseconds.")
+    max_psi: float = Field(default=0.3, gt=0, description="Largest population stability index of a feature or of the prediction.")
+    max_p99_latency_ms: float = Field(default=100, gt=0, description="Largest 99th percentile of the answer time, milliseconds.")
     max_accuracy_drop: float = Field(
-        0.05, ge=0, description="How far the primary metric may fall behind its held-out value (regression: as a share of it)."
+        default=0.05,
+        ge=0,
+        description="How far the primary metric may fall behind its held-out value (regression: as a share of it).",
     )
-    max_requests_per_second: float = Field(10_000, gt=0, description="Request volume that raises an alert.")
-    window_days: int = Field(7, ge=1, description="Days that one drift or accuracy figure covers.")
-    minimum_rows: int = Field(500, ge=1, description="Below this many rows in the window the answer is INCONCLUSIVE.")
+    max_requests_per_second: float = Field(default=10_000, gt=0, description="Request volume that raises an alert.")
+    window_days: int = Field(default=7, ge=1, description="Days that one drift or accuracy figure covers.")
+    minimum_rows: int = Field(default=500, ge=1, description="Below this many rows in the window the answer is INCONCLUSIVE.")
     exclude: list[str] = Field(default_factory=list, description="Features that are reported but not judged for drift.")
 
 
 class Retraining(Section):
     """When a new version is trained without being asked for."""
 
-    on: list[Literal["drift", "accuracy", "age", "new_labels"]] = Field(["drift", "accuracy", "age"], description="The triggers.")
-    violations: int = Field(2, ge=1, description="Violated evaluations needed among the last `of_last`, the newest included.")
-    of_last: int = Field(5, ge=1, description="Evaluations that are looked at.")
-    max_age_days: int = Field(90, ge=1, description="Days after which a version counts as old.")
-    new_labels: int = Field(100_000, ge=1, description="Labelled rows since the last training that count as enough new ones.")
-    cooldown_days: int = Field(7, ge=0, description="Days between two retrainings.")
-    runs_per_month: int = Field(8, ge=0, description="Most retrainings in any 30 days.")
+    triggers: list[Literal["drift", "accuracy", "age", "new_labels"]] = Field(
+        default=["drift", "accuracy", "age"], description="The triggers."
+    )
+    violations: int = Field(
+        default=2, ge=1, description="Violated evaluations needed among the last `of_last`, the newest included."
+    )
+    of_last: int = Field(default=5, ge=1, description="Evaluations that are looked at.")
+    max_age_days: int = Field(default=90, ge=1, description="Days after which a version counts as old.")
+    new_labels: int = Field(
+        default=100_000, ge=1, description="Labelled rows since the last training that count as enough new ones."
+    )
+    cooldown_days: int = Field(default=7, ge=0, description="Days between two retrainings.")
+    runs_per_month: int = Field(default=8, ge=0, description="Most retrainings in any 30 days.")
 
     @model_validator(mode="after")
     def _reachable(self) -> "Retraining":
@@ -232,7 +253,7 @@ class Retraining(Section):
 class ModelDeclaration(Section):
     """The attributes of one model, as its `defs.yaml` states them."""
 
-    description: str = Field("", description="What the model answers, in a sentence.")
+    description: str = Field(default="", description="What the model answers, in a sentence.")
     owners: list[str] = Field(default_factory=list, description="E-mail addresses or `team:name`.")
     source: Source
     features: Features
@@ -240,9 +261,9 @@ class ModelDeclaration(Section):
     training: Training
     tuning: Tuning = Tuning()
     evaluation: Evaluation = Evaluation()
-    gate: Gate | None = Field(None, description="Default: accuracy >= 0.9; regression: better than the baseline.")
+    gate: Gate | None = Field(default=None, description="Default: accuracy >= 0.9; regression: better than the baseline.")
     approval: Literal["manual", "automatic", "four_eyes"] = Field(
-        "manual", description="Who approves a version: a person, the gate alone, or a person other than its author."
+        default="manual", description="Who approves a version: a person, the gate alone, or a person other than its author."
     )
     rollout: Rollout = Rollout()
     monitoring: Monitoring = Monitoring()

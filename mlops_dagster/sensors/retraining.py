@@ -60,7 +60,9 @@ def training_state(spec: ModelSpec, lake: Lake, registry: Any, past: list[Entry]
     trained = dt.date.fromisoformat(str(versions[-1].evidence["last_day"])) if versions else None
     labelled = sum(
         json.loads(lake.read_bytes(day_key(spec, "live_performance", day, suffix="json")))["labelled"]
-        for day in (stored_days(lake, spec, "live_performance", suffix="json") if "new_labels" in spec.retraining.on else [])
+        for day in (
+            stored_days(lake, spec, "live_performance", suffix="json") if "new_labels" in spec.retraining.triggers else []
+        )
         if trained and day > trained
     )
     return TrainingState(trained, tuple(dt.date.fromisoformat(e.subject) for e in past), labelled)

@@ -38,7 +38,8 @@ def _daily(spec: ModelSpec, part: str, hour: int, status: dg.DefaultScheduleStat
         description=f"Makes {', '.join(jobs.PARTS[part])} of the day before.",
     )
     def daily(context: dg.ScheduleEvaluationContext):
-        newest = days.get_last_partition_key(current_time=context.scheduled_execution_time)
+        with dg.partition_loading_context(context.scheduled_execution_time):
+            newest = days.get_last_partition_key()
         if newest is None:
             return dg.SkipReason("no day has ended yet")
         if not context.instance.get_latest_materialization_event(key(spec, "deployment")):

@@ -86,8 +86,10 @@ def test_psi_without_drift_follows_the_chi_square_distribution():
     for _ in range(400):
         reference = Profile.of(pa.table({"x": rng.normal(size=1_000)}), threads=1)
         column = drifted(reference, Profile.of(pa.table({"x": rng.normal(size=500)}), like=reference, threads=1)).columns["x"]
-        found.append(column.psi)
-    assert np.mean(found) == pytest.approx(9 * (1 / 1_000 + 1 / 500), rel=0.06)
+        found.append((column.psi, column.effect))
+    psi_mean, effect_mean = np.mean(found, axis=0)
+    assert psi_mean == pytest.approx(9 * (1 / 1_000 + 1 / 500), rel=0.06)
+    assert effect_mean < 0.3 * psi_mean
 
 
 def test_limits_by_column():

@@ -40,7 +40,7 @@ def test_a_value_that_is_no_number_never_passes():
 
 
 def test_a_metric_that_was_not_computed_is_named():
-    with pytest.raises(DeclarationError, match="roc_auc.*there are: accuracy"):
+    with pytest.raises(DeclarationError, match=r"roc_auc.*there are: accuracy"):
         judge(Gate(metric="roc_auc"), {"accuracy": 0.9}, {}, None)
 
 

@@ -1,6 +1,7 @@
 """Retraining decisions: hysteresis, cool-down, budget, age, labels."""
 
 import datetime as dt
+import itertools
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +36,8 @@ def test_the_reason_names_trigger_days_and_figure():
 
 
 def test_only_declared_triggers_count():
-    assert not decide(Retraining(on=["accuracy"]), drift(True, True), TRAINED, DAY).retrain
-    assert decide(Retraining(on=["accuracy"]), drift(True, True, trigger="accuracy"), TRAINED, DAY).retrain
+    assert not decide(Retraining(triggers=["accuracy"]), drift(True, True), TRAINED, DAY).retrain
+    assert decide(Retraining(triggers=["accuracy"]), drift(True, True, trigger="accuracy"), TRAINED, DAY).retrain
 
 
 def test_cool_down_holds_and_says_so():
@@ -44,7 +45,9 @@ def test_cool_down_holds_and_says_so():
     decision = decide(Retraining(), drift(True, True), state, DAY)
     assert not decision.retrain
     assert "cooldown_days is 7" in decision.sentence()
-    assert decide(Retraining(), drift(True, True), TrainingState(dt.date(2013, 2, 28), (DAY - dt.timedelta(days=7),)), DAY).retrain
+    assert decide(
+        Retraining(), drift(True, True), TrainingState(dt.date(2013, 2, 28), (DAY - dt.timedelta(days=7),)), DAY
+    ).retrain
 
 
 def test_budget_of_any_thirty_days():
@@ -57,7 +60,7 @@ def test_budget_of_any_thirty_days():
 def test_age_and_new_labels():
     assert decide(Retraining(), [], TrainingState(DAY - dt.timedelta(days=90)), DAY).retrain
     assert not decide(Retraining(), [], TrainingState(DAY - dt.timedelta(days=89)), DAY).retrain
-    labels = Retraining(on=["new_labels"], new_labels=10)
+    labels = Retraining(triggers=["new_labels"], new_labels=10)
     assert decide(labels, [], TrainingState(DAY, new_labels=10), DAY).retrain
     assert not decide(labels, [], TrainingState(DAY, new_labels=9), DAY).retrain
 
@@ -77,5 +80,5 @@ def test_however_evidence_comes_budget_and_cool_down_hold(violated):
         today = evaluations[i].day
         if decide(policy, evaluations[: i + 1], TrainingState(first, tuple(done)), today).retrain:
             done.append(today)
-    assert all((b - a).days >= 5 for a, b in zip(done, done[1:], strict=False))
+    assert all((b - a).days >= 5 for a, b in itertools.pairwise(done))
     assert all(sum(0 <= (d - other).days < 30 for other in done) <= 3 for d in done)

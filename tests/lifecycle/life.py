@@ -38,7 +38,9 @@ class Life:
 
     def run(self, step: str, part: str, **how) -> None:
         result = self.runner.run(f"{MODEL}_{part}", **how)
-        checks = {f"{c.asset_key.path[-1]}.{c.check_name}": [c.passed, c.description] for c in result.get_asset_check_evaluations()}
+        checks = {
+            f"{c.asset_key.path[-1]}.{c.check_name}": [c.passed, c.description] for c in result.get_asset_check_evaluations()
+        }
         self.tell(step, checks=checks, made=sorted({e.asset_key.path[-1] for e in result.get_asset_materialization_events()}))
 
     def tell(self, step: str, **seen) -> None:
@@ -76,7 +78,12 @@ def second_version(life: Life) -> None:
     life.tell("replayed", sent=[life.monitor(replay, dt.date(2024, 2, day)) for day in (14, 15, 16)])
     asked = life.runner.evaluate(f"{MODEL}_retraining")
     again = life.runner.evaluate(f"{MODEL}_retraining")
-    life.tell("retrained", runs=len(asked), again=len(again), why=[e.reason for e in life.resources["ledger"].entries(MODEL, "retraining")])
+    life.tell(
+        "retrained",
+        runs=len(asked),
+        again=len(again),
+        why=[e.reason for e in life.resources["ledger"].entries(MODEL, "retraining")],
+    )
     life.decide(2, "approved")
     deployed = life.runner.evaluate(f"{MODEL}_rollouts")
     deadline = time.monotonic() + 120
@@ -88,7 +95,9 @@ def second_version(life: Life) -> None:
             break
     phases = [e.kind for e in life.resources["ledger"].entries(MODEL)]
     aliases = {v.number: sorted(v.aliases) for v in life.versions()}
-    life.tell("second live", deployed=len(deployed), phases=phases, aliases=aliases, broken=str(life.resources["ledger"].verify()))
+    life.tell(
+        "second live", deployed=len(deployed), phases=phases, aliases=aliases, broken=str(life.resources["ledger"].verify())
+    )
 
 
 class Named:

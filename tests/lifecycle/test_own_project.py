@@ -34,7 +34,9 @@ def environment(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def seen(environment) -> dict[str, dict]:
     """What each step of `life.py` saw."""
-    done = subprocess.run([sys.executable, str(HERE / "life.py")], env=environment, capture_output=True, text=True, timeout=900, cwd=HERE)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "life.py")], env=environment, capture_output=True, text=True, timeout=900, cwd=HERE
+    )
     lines = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
     assert done.returncode == 0, f"after {[line['step'] for line in lines]}: {done.stderr[-6000:]}"
     return {line.pop("step"): line for line in lines}
@@ -103,9 +105,9 @@ def test_a_misspelt_field_is_told_with_its_line(environment, tmp_path):
     file = tmp_path / "project/parcels/defs/late_parcel/defs.yaml"
     file.write_text(file.read_text().replace("minimum_rows", "minimum_row"))
     dg = Path(sys.executable).parent / "dg"
-    done = subprocess.run(
-        [str(dg), "check", "yaml"], env={**environment, "PYTHONPATH": str(tmp_path / "project")}, capture_output=True, text=True, cwd=tmp_path / "project", timeout=300
-    )
+    changed = {**environment, "PYTHONPATH": str(tmp_path / "project")}
+    command = [str(dg), "check", "yaml"]
+    done = subprocess.run(command, env=changed, capture_output=True, text=True, cwd=tmp_path / "project", timeout=300)
     assert done.returncode != 0
     assert "minimum_row" in done.stdout
     assert "defs.yaml:17" in done.stdout, done.stdout

@@ -18,5 +18,7 @@ class ParcelSchema(pa.DataFrameModel):
 
 def read_day(day: dt.date) -> pd.DataFrame:
     """The parcels that were sent on a day."""
-    rows = pd.read_csv(os.environ["PARCELS_CSV"], dtype={"id": str, "depot": str}, parse_dates=["event_timestamp", "delivered_at"])
+    rows = pd.read_csv(
+        os.environ["PARCELS_CSV"], dtype={"id": str, "depot": str}, parse_dates=["event_timestamp", "delivered_at"]
+    )
     return rows[rows["event_timestamp"].dt.date == day].reset_index(drop=True)

@@ -1,0 +1,67 @@
+"""Objects between DVC's cache and its remote: a folder on this machine directly, any other URL through DVC's own transfer."""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mlops_dagster.core.errors import StorageError, TransientError
+from mlops_dagster.resources.data_versions import dvc_files
+
+ATTEMPTS = 3
+
+
+def pushed_commit(marker: Path, remote: str) -> str | None:
+    """The commit up to which everything was sent to this very remote, or None."""
+    lines = marker.read_text().splitlines() if marker.exists() else []
+    here = len(lines) == 2 and lines[0] == remote and ("://" in remote or Path(remote).exists())
+    return lines[1] if here else None
+
+
+def send(root: Path, remote: str, cache: Path, md5s: Iterable[str]) -> int:
+    """Copy the objects that the remote lacks; how many. Raises TransientError if it cannot be reached."""
+    if "://" not in remote:
+        try:
+            places = ((dvc_files.object_path(cache, md5), dvc_files.object_path(Path(remote), md5)) for md5 in md5s)
+            return sum(dvc_files.copy_object(source, place) for source, place in places)
+        except OSError as error:
+            raise StorageError(f"DVC remote {remote}: cannot be written ({error}). Free disk space, then push again.") from error
+    return _attempted(remote, lambda repo: _transfer(repo, repo.cache.local, repo.cloud.get_remote_odb(None, "push"), md5s), root)
+
+
+def fetch(root: Path, remote: str, md5: str, place: Path) -> None:
+    """Bring one object into the cache. Raises StorageError if the remote does not hold it."""
+    if "://" not in remote:
+        source = dvc_files.object_path(Path(remote), md5)
+        if source.exists():
+            dvc_files.copy_object(source, place)
+    else:
+        _attempted(remote, lambda repo: _transfer(repo, repo.cloud.get_remote_odb(None, "pull"), repo.cache.local, [md5]), root)
+    if not place.exists():
+        raise StorageError(f"DVC object {md5}: neither in the cache nor at the remote {remote}. Push it where it was recorded.")
+
+
+def _attempted(remote: str, work: Callable[[Any], int], root: Path) -> int:
+    from dvc.repo import Repo
+
+    last: Exception | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            with Repo(str(root)) as repo:
+                return work(repo)
+        except Exception as error:  # DVC passes on whatever the remote's own SDK raises
+            last = error
+            logging.getLogger(__name__).info("DVC remote %s: %s", remote, error)
+    raise TransientError(
+        f"DVC remote {remote}: cannot be reached after {ATTEMPTS} attempts ({last}). The local lake is whole; check the "
+        f"address, the network and the credentials, then push again."
+    ) from last
+
+
+def _transfer(repo: Any, source: Any, target: Any, md5s: Iterable[str]) -> int:
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    result = repo.cloud.transfer(source, target, {HashInfo("md5", md5) for md5 in md5s})
+    if result.failed:
+        raise OSError(f"{len(result.failed)} objects were not transferred, for example {next(iter(result.failed)).value}")
+    return len(result.transferred)

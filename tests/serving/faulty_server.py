@@ -1,0 +1,49 @@
+"""The real predictor with faults that the artifact's `faults.json` asks for: `python -m tests.serving.faulty_server …`.
+
+`exit`: end at once with this code; `never_ready`: run, but do not listen; `fail_every`: every n-th prediction is answered with
+500; `slow_ms`: predictions take so much longer.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mlops_dagster.serving import server
+
+
+def faults() -> dict[str, Any]:
+    path = Path(sys.argv[sys.argv.index("--artifact") + 1], "faults.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class FaultyPredictor(server.Predictor):
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._asked = 0
+
+    def __call__(self, scope: Any, proto: Any) -> None:
+        if scope.method == "POST":
+            self._asked += 1
+            time.sleep(FAULTS.get("slow_ms", 0) / 1000)
+            every = FAULTS.get("fail_every")
+            if every and self._asked % every == 0:
+                proto.response_str(500, [("x-model-version", self._pages.version)], '{"error": "as asked for"}')
+                return
+        super().__call__(scope, proto)
+
+
+if __name__ == "__main__":
+    FAULTS = faults()
+    if "exit" in FAULTS:
+        print("first line\nfault: the server ends as asked for", flush=True)
+        sys.exit(FAULTS["exit"])
+    if FAULTS.get("never_ready"):
+        print("fault: the server never listens", flush=True)
+        time.sleep(3600)
+    server.Predictor = FaultyPredictor  # type: ignore[misc]
+    code = server.main()
+    sys.stdout.flush()
+    os._exit(code)
