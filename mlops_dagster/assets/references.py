@@ -64,19 +64,20 @@ def locate(field: str, path: str) -> Place:
     return Place(file, names.get(name, 1))
 
 
-def _defined(tree: ast.Module) -> dict[str, int]:
-    """Names that a module binds at its top level, with their lines."""
+def _defined(tree: ast.AST) -> dict[str, int]:
+    """Names that a module binds at its top level (also under `if` and `try`), with their lines."""
     names: dict[str, int] = {}
-    for node in ast.walk(tree) if any(isinstance(n, ast.If | ast.Try) for n in tree.body) else tree.body:
+    for node in ast.iter_child_nodes(tree):
         match node:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 names.setdefault(name, node.lineno)
-            case ast.Assign(targets=targets):
-                names.update({t.id: node.lineno for t in targets if isinstance(t, ast.Name) and t.id not in names})
-            case ast.AnnAssign(target=ast.Name(id=name)):
-                names.setdefault(name, node.lineno)
+            case ast.Assign() | ast.AnnAssign():
+                bound = (n for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+                names.update({n.id: node.lineno for n in bound if n.id not in names})
             case ast.ImportFrom(names=aliases) | ast.Import(names=aliases):
                 names.update({a.asname or a.name: node.lineno for a in aliases})
+            case ast.If() | ast.Try() | ast.ExceptHandler() | ast.With():
+                names.update({name: line for name, line in _defined(node).items() if name not in names})
     return names
 
 

@@ -76,6 +76,8 @@ def _start(address: str, cpus: int, object_store_mebibytes: int, scratch: str | 
             log_to_driver=False,
             configure_logging=False,
             _temp_dir=scratch,
+            # One machine needs no watch over its nodes; on a busy one Ray would give up its only node and wait for ever.
+            _system_config={"health_check_failure_threshold": 1000},
         )
 
 
