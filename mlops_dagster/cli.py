@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,6 +87,156 @@ def predict(
     print(json.dumps(ask(resources()["serving"].endpoint(model), model, rows if isinstance(rows, list) else [rows])))
 
 
+rollouts = typer.Typer(no_args_is_help=True, help="Steer the rollout of a version.")
+app.add_typer(rollouts, name="rollout")
+ledger_commands = typer.Typer(no_args_is_help=True, help="Every decision: read it, verify it.")
+app.add_typer(ledger_commands, name="ledger")
+
+
+@rollouts.command()
+def start(model: Model) -> None:
+    """Begin the rollout of the newest approved version (the sensor does the same)."""
+    import datetime as dt
+
+    from mlops_dagster.assets import rollout
+    from mlops_dagster.core.errors import RolloutError
+
+    now, parts, spec = dt.datetime.now(dt.UTC), opened_parts(), declared_spec(model)
+    version = rollout.waiting(parts, spec, now)
+    if version is None:
+        raise RolloutError(
+            f"{model} has no approved version that is newer than its champion and was not rolled out yet; see `mlops status`"
+        )
+    print(told(rollout.start(parts, spec, version, now)))
+
+
+@rollouts.command()
+def pause(model: Model, by: By, reason: Reason = "") -> None:
+    """Leave weights as they are until `resume`."""
+    steer("pause", model, by, reason)
+
+
+@rollouts.command()
+def resume(model: Model, by: By, reason: Reason = "") -> None:
+    """Go on after a pause or a hold."""
+    steer("resume", model, by, reason)
+
+
+@rollouts.command()
+def promote(model: Model, by: By, reason: Reason = "") -> None:
+    """Give the new version all traffic without waiting for a verdict; once more during the watch makes it champion."""
+    steer("promote", model, by, reason)
+
+
+@rollouts.command()
+def abort(model: Model, by: By, reason: Reason = "") -> None:
+    """Give up the running rollout; the champion serves on."""
+    steer("abort", model, by, reason)
+
+
+@app.command()
+def rollback(model: Model, by: By, reason: Reason = "") -> None:
+    """Back to the version before: ends a running rollout, or undoes the last promotion."""
+    import datetime as dt
+
+    from mlops_dagster.assets import rollout
+    from mlops_dagster.core.rollout import Command
+
+    found = rollout.roll_back(opened_parts(), declared_spec(model), Command("rollback", by, reason), dt.datetime.now(dt.UTC))
+    print(told(found))
+
+
+@app.command()
+def live(
+    model: Model,
+    at: Annotated[str, typer.Option("--at", help="Moment (ISO 8601, UTC where no zone is given); default: now.")] = "",
+) -> None:
+    """Which version answered at a moment, since when, and why."""
+    import datetime as dt
+
+    from mlops_dagster.core.ledger import live_at
+
+    moment = dt.datetime.fromisoformat(at) if at else dt.datetime.now(dt.UTC)
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+    found = live_at(resources()["ledger"].entries(model), model, moment)
+    if found is None:
+        print(f"nothing of {model} was live at {moment.isoformat()}")
+        return
+    print(f"version {found.version} since {found.since.isoformat()} (ledger entry {found.entry.sequence}): {found.entry.reason}")
+
+
+@ledger_commands.command()
+def show(
+    model: Annotated[str, typer.Argument(help="Only this model's entries.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Print the entries in order."""
+    entries = resources()["ledger"].entries(model or None)
+    for e in entries:
+        row = {
+            "sequence": e.sequence,
+            "time": e.time_iso,
+            "model": e.model,
+            "kind": e.kind,
+            "subject": e.subject,
+            "by": e.actor,
+            "why": e.reason,
+        }
+        print(json.dumps({**row, "evidence": e.evidence, "hash": e.hash}) if as_json else "  ".join(str(v) for v in row.values()))
+
+
+@ledger_commands.command()
+def verify() -> None:
+    """Check the chain of hashes; exit code 1 where an entry was changed, removed or inserted."""
+    ledger = resources()["ledger"]
+    broken = ledger.verify()
+    if broken is not None:
+        print(f"BROKEN at {broken}", file=sys.stderr)
+        raise typer.Exit(1)
+    head = ledger.head()
+    print(f"{head.sequence if head else 0} entries, the chain is whole" + (f"; head {head.hash}" if head else ""))
+
+
+def steer(name: str, model: str, by: str, reason: str) -> None:
+    """Give a command to the running rollout. Raises RolloutError where it is refused."""
+    import datetime as dt
+
+    from mlops_dagster.assets import rollout
+    from mlops_dagster.core.rollout import Command
+
+    print(told(rollout.command(opened_parts(), declared_spec(model), Command(name, by, reason), dt.datetime.now(dt.UTC))))
+
+
+def told(found: Any) -> str:
+    """What a command led to. Raises RolloutError for one that was refused or that had nothing to act on."""
+    from mlops_dagster.core.errors import RolloutError
+
+    if found is None:
+        raise RolloutError("there has been no rollout of this model yet; approve a version first")
+    if found.action.refused:
+        raise RolloutError(found.action.reason)
+    weights = found.state.routes.to_json()["weights"] if found.state.routes else []
+    shares = ", ".join(f"version {w['arm']}: {w['percent']:g} %" for w in weights)
+    return f"{found.state.model}: {found.state.phase}: {found.state.reason} ({shares or 'no routes yet'})"
+
+
+def opened_parts() -> Any:
+    """The systems that a rollout touches."""
+    from types import SimpleNamespace
+
+    from mlops_dagster.assets.rollout import Parts
+
+    return Parts.of(SimpleNamespace(**resources()))
+
+
+def declared_spec(model: str) -> Any:
+    """The declaration of a model of the project in this folder."""
+    from mlops_dagster.declared import root_module, spec_of
+
+    sys.path.insert(0, str(Path.cwd()))
+    return spec_of(model, root_module(Path.cwd()))
+
+
 def decided(decision: Any, model: str, number: int, by: str, reason: str) -> None:
     """Record a decision and say what follows from it."""
     import datetime as dt
@@ -118,6 +269,10 @@ def resources() -> dict[str, Any]:
 
 def main() -> None:
     """The console command: an error of ours is one clear paragraph, not a traceback."""
+    if not sys.warnoptions:
+        # Deprecations inside the libraries that are used are nothing a user can act on.
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     try:
         app()
     except MlopsError as error:

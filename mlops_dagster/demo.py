@@ -71,6 +71,7 @@ class Demo:
     def __init__(self, root: Path, progress: Any) -> None:
         import dagster as dg
 
+        from mlops_dagster.declared import spec_of
         from mlops_dagster.definitions import defs
         from mlops_dagster.profiles import definitions
         from mlops_dagster.runs import Runner
@@ -78,7 +79,7 @@ class Demo:
         self.root, self.progress = root, progress
         self.resources: dict[str, Any] = dict(definitions().resources or {})
         self.runner = Runner(defs, dg.DagsterInstance.get())
-        self.spec = spec_of(MODEL)
+        self.spec = spec_of(MODEL, "mlops_dagster")
         self.state = self._load()
         self._last_tick = 0.0
 
@@ -224,14 +225,3 @@ class Demo:
             raise StorageError(
                 f"{self.root} cannot be written ({error.strerror}); free some space and run the demo again"
             ) from error
-
-
-def spec_of(model: str) -> Any:
-    """The spec of one of this package's own models, from its YAML."""
-    import yaml
-
-    from mlops_dagster import defs
-    from mlops_dagster.core.spec import ModelSpec
-
-    text = (Path(defs.__file__).parent / model / "defs.yaml").read_text()
-    return ModelSpec(name=model, package=f"mlops_dagster.defs.{model}", **yaml.safe_load(text)["attributes"])

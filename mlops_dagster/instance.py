@@ -7,6 +7,8 @@ DAGSTER_YAML = """\
 # Written by mlops; edit freely, it is not overwritten.
 telemetry:
   enabled: false
+nux:
+  enabled: false
 concurrency:
   runs:
     max_concurrent_runs: 2

@@ -34,7 +34,7 @@ def embedded(settings: Settings) -> dict[str, object]:
     from mlops_dagster.resources.data_versions.dvc import DvcVersions
     from mlops_dagster.resources.drift_reports.evidently_reports import EvidentlyReports
     from mlops_dagster.resources.feature_engine.duckdb_engine import DuckDBEngine
-    from mlops_dagster.resources.feature_store.feast_store import FeastStore
+    from mlops_dagster.resources.feature_store.feast_store import ASOF, FeastStore
     from mlops_dagster.resources.inference_segments import FolderSegments
     from mlops_dagster.resources.ledger.opened import LedgerResource
     from mlops_dagster.resources.live_metrics.gateway import GatewayMetrics
@@ -51,7 +51,9 @@ def embedded(settings: Settings) -> dict[str, object]:
         "data_lake": FolderLake(root=lake),
         "data_versions": DvcVersions(root=lake, remote=str(root / "dvc_remote")),
         "feature_engine_duckdb": DuckDBEngine(),
-        "feature_store": FeastStore(root=str(root / "feature_store"), lake_root=lake),
+        "feature_store": FeastStore(
+            root=str(root / "feature_store"), lake_root=lake, offline_store={"type": ASOF, "as_known_at": True}
+        ),
         "tuning_local": OptunaTuner(folder=str(root / "tuning")),
         "training_local": LocalTrainer(),
         "tracking": MlflowTracking(tracking_uri=mlflow, artifacts_folder=artifacts),

@@ -1,11 +1,13 @@
 """The declaration: defaults, and a clear word about every wrong field."""
 
 import datetime as dt
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from mlops_dagster.core.spec import ModelDeclaration, ModelSpec, Partitions
+from mlops_dagster.core import spec as spec_module
+from mlops_dagster.core.spec import ModelDeclaration, ModelSpec, Partitions, Section
 
 MINIMAL = {
     "source": {"read": ".source.read_day", "schema": ".source.Rows", "partitions": {"start": "2013-01-01"}},
@@ -70,3 +72,10 @@ def test_an_unknown_time_zone_and_days_in_the_wrong_order():
         Partitions(start=dt.date(2013, 1, 1), timezone="New York")
     with pytest.raises(ValidationError, match="swap"):
         Partitions(start=dt.date(2013, 1, 2), end=dt.date(2013, 1, 1))
+
+
+def test_every_field_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "declaration.md").read_text()
+    sections = [m for m in vars(spec_module).values() if isinstance(m, type) and issubclass(m, Section) and m not in (Section, ModelSpec)]
+    fields = {info.alias or name for section in sections for name, info in section.model_fields.items()}
+    assert {f for f in fields if f"`{f}`" not in text and f".{f}`" not in text} == set()

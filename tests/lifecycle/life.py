@@ -5,6 +5,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import dagster as dg
 from parcels.definitions import defs
@@ -12,7 +13,8 @@ from parcels.definitions import defs
 from mlops_dagster import instance
 from mlops_dagster.assets import approvals, rollout
 from mlops_dagster.core.errors import MlopsError
-from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.core.rollout import Command
+from mlops_dagster.declared import spec_of
 from mlops_dagster.profiles import definitions
 from mlops_dagster.replay import Replay
 from mlops_dagster.resources.registry import Approval
@@ -21,20 +23,13 @@ from mlops_dagster.runs import Runner
 MODEL = "late_parcel"
 
 
-def spec() -> ModelSpec:
-    import parcels.defs.late_parcel as package
-    import yaml
-
-    text = (Path(package.__file__).parent / "defs.yaml").read_text()
-    return ModelSpec(name=MODEL, package=package.__name__, **yaml.safe_load(text)["attributes"])
-
-
 class Life:
     def __init__(self) -> None:
         instance.prepare(Path(os.environ["MLOPS_HOME"]))
         self.runner = Runner(defs, dg.DagsterInstance.get())
         self.resources = dict(definitions().resources or {})
-        self.spec = spec()
+        self.parts = rollout.Parts.of(SimpleNamespace(**self.resources))
+        self.spec = spec_of(MODEL, "parcels")
 
     def run(self, step: str, part: str, **how) -> None:
         result = self.runner.run(f"{MODEL}_{part}", **how)
@@ -88,7 +83,7 @@ def second_version(life: Life) -> None:
     deployed = life.runner.evaluate(f"{MODEL}_rollouts")
     deadline = time.monotonic() + 120
     day = dt.date(2024, 2, 17)
-    while (state := rollout.current(rollout.Parts.of(Named(life.resources)), MODEL)) and not state.phase.final:
+    while (state := rollout.current(life.parts, MODEL)) and not state.phase.final:
         replay.day(day, lambda: None)
         life.runner.evaluate(f"{MODEL}_rollouts")
         if time.monotonic() > deadline:
@@ -100,11 +95,19 @@ def second_version(life: Life) -> None:
     )
 
 
-class Named:
-    """Resources by attribute, as a Dagster context has them."""
-
-    def __init__(self, resources: dict) -> None:
-        self.__dict__.update(resources)
+def way_back(life: Life) -> None:
+    now = dt.datetime.now(dt.UTC)
+    rollout.roll_back(life.parts, life.spec, Command("rollback", "tester", "seen enough"), now)
+    begun = time.monotonic()
+    while not rollout.tick(life.parts, life.spec, dt.datetime.now(dt.UTC)).state.phase.final:
+        time.sleep(0.1)
+    state = rollout.current(life.parts, MODEL)
+    observed = life.resources["serving"].observe(MODEL)
+    aliases = {v.number: sorted(v.aliases) for v in life.versions()}
+    seconds = time.monotonic() - begun
+    life.tell(
+        "back", phase=str(state.phase), version=state.candidate, aliases=aliases, routes=str(observed.routes), seconds=seconds
+    )
 
 
 def main() -> None:
@@ -112,6 +115,7 @@ def main() -> None:
     try:
         first_version(life)
         second_version(life)
+        way_back(life)
     finally:
         life.resources["serving"].stop()
 

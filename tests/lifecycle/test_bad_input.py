@@ -99,8 +99,8 @@ def test_a_main_table_without_label_or_time(spec):
         match=r"lacks 'late' \(source.known_after\), 'delivered_at' \(source.known_after\); source.read returns: id, event_timestamp",
     ):
         validated_data.require_columns(spec, "rows", table(id=["a"], event_timestamp=[MOMENT]))
+    naive = table(id=["a"], event_timestamp=[MOMENT.replace(tzinfo=None)], late=[1.0], delivered_at=[MOMENT])
     with pytest.raises(DataError, match="'event_timestamp' of table 'rows' is timestamp.*make it a timestamp with a time zone"):
-        naive = table(id=["a"], event_timestamp=[MOMENT.replace(tzinfo=None)], late=[1.0], delivered_at=[MOMENT])
         validated_data.require_columns(spec, "rows", naive)
 
 

@@ -92,6 +92,13 @@ def test_the_second_version_comes_in_by_its_strategy_and_the_ledger_holds(seen):
     assert last["broken"] == "None"
 
 
+def test_a_rollback_brings_the_version_before_back(seen):
+    back = seen["back"]
+    assert (back["phase"], back["version"]) == ("promoted", "1")
+    assert back["aliases"]["1"] == ["champion"]
+    assert "('1', 1000)" in back["routes"]
+
+
 def test_dg_finds_nothing_wrong_and_the_component_is_listed(environment):
     project = Path(environment["PYTHONPATH"])
     dg = Path(sys.executable).parent / "dg"
