@@ -38,7 +38,8 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
 def paired(ours: Callable[[], object], peer: Callable[[], object], runs: int = 5, warm_up: bool = True) -> tuple[float, float]:
     """Median seconds of both, run in turn (ours, peer, ours, peer …) so that drifting machine speed touches both alike."""
     if warm_up:
-        ours(), peer()
+        ours()
+        peer()
     pairs = [(seconds(ours), seconds(peer)) for _ in range(runs)]
     return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
 

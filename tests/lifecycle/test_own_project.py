@@ -117,4 +117,4 @@ def test_a_misspelt_field_is_told_with_its_line(environment, tmp_path):
     done = subprocess.run(command, env=changed, capture_output=True, text=True, cwd=tmp_path / "project", timeout=300)
     assert done.returncode != 0
     assert "minimum_row" in done.stdout
-    assert "defs.yaml:17" in done.stdout, done.stdout
+    assert "defs.yaml:15" in done.stdout, done.stdout
