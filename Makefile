@@ -27,7 +27,7 @@ up: setup ## Open the Dagster, MLflow and Evidently pages and the model servers
 	$(BIN)/mlops up
 
 test: setup ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup ## Ruff, pyright, import-linter, dg check, dagster definitions validate
 	$(BIN)/ruff check .

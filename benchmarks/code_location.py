@@ -19,7 +19,9 @@ import dagster as dg
 
 defs = dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
 """
-PROJECT = '[project]\nname = "empty"\nversion = "0"\n[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "empty"\n'
+PROJECT = (
+    '[project]\nname = "empty"\nversion = "0"\n[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "empty"\n'
+)
 
 
 def run() -> Iterator[Measurement]:
@@ -27,7 +29,11 @@ def run() -> Iterator[Measurement]:
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "empty"
         (package / "defs").mkdir(parents=True)
-        for file, text in ((package / "__init__.py", ""), (package / "defs/__init__.py", ""), (package / "definitions.py", EMPTY)):
+        for file, text in (
+            (package / "__init__.py", ""),
+            (package / "defs/__init__.py", ""),
+            (package / "definitions.py", EMPTY),
+        ):
             file.write_text(text)
         (Path(folder) / "pyproject.toml").write_text(PROJECT)
         pairs = [(_load("mlops_dagster.definitions", None), _load("empty.definitions", folder)) for _ in range(RUNS + 1)][1:]

@@ -12,7 +12,6 @@ import pytest
 from tests.lifecycle import parcels_csv
 
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.xdist_group("own_project")
 
 
 @pytest.fixture(scope="module")
