@@ -69,7 +69,9 @@ def plain_duckdb(paths: list[Path], entities: Any) -> Any:
     joins, columns = "", "entities.*"
     for v, path in enumerate(paths):
         columns += f", v{v}.* EXCLUDE (driver, event_timestamp, created)"
-        joins += f" ASOF LEFT JOIN '{path}' v{v} ON entities.driver = v{v}.driver AND entities.event_timestamp >= v{v}.event_timestamp"
+        joins += (
+            f" ASOF LEFT JOIN '{path}' v{v} ON entities.driver = v{v}.driver AND entities.event_timestamp >= v{v}.event_timestamp"
+        )
     with duckdb.connect() as connection:
         connection.register("entities", entities)
         return connection.sql(f"SELECT {columns} FROM entities{joins}").to_arrow_table()

@@ -50,7 +50,9 @@ class Worker:
         while line and not line.startswith("{"):
             line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the benchmark's worker for {self.kind} on {self.case.name} ended with code {self._process.wait()}")
+            raise RuntimeError(
+                f"the benchmark's worker for {self.kind} on {self.case.name} ended with code {self._process.wait()}"
+            )
         self.runs.append(json.loads(line))
         return self.runs[-1]
 
@@ -88,9 +90,21 @@ def against(case: Case, label: str, peer: str, at_least: float, folder: Path, ru
     yield faster(f"history {label} {peer}", ours.seconds, theirs.seconds, f"Feast {peer}", at_least)
     kept = int(ours.runs[-1]["rows"])
     lost = f"Feast {peer} ({theirs.runs[-1]['rows']} rows)"
-    yield Measurement(f"history {label} rows", "rows", kept, theirs.runs[-1]["rows"], lost, None, f"{case.entities}", kept == case.entities, COMMAND)
+    yield Measurement(
+        f"history {label} rows",
+        "rows",
+        kept,
+        theirs.runs[-1]["rows"],
+        lost,
+        None,
+        f"{case.entities}",
+        kept == case.entities,
+        COMMAND,
+    )
     mine, peak = ours.peak() / 2**20, theirs.peak() / 2**20
-    yield Measurement(f"history {label} memory {peer}", "MiB", mine, peak, f"Feast {peer}", peak / mine, ">= 10 x", peak / mine >= 10, COMMAND)
+    yield Measurement(
+        f"history {label} memory {peer}", "MiB", mine, peak, f"Feast {peer}", peak / mine, ">= 10 x", peak / mine >= 10, COMMAND
+    )
 
 
 def bare(case: Case, label: str, folder: Path) -> Iterator[Measurement]:
@@ -100,10 +114,14 @@ def bare(case: Case, label: str, folder: Path) -> Iterator[Measurement]:
     yield faster(f"history {label} bare join", ours.seconds, better.seconds, f"{better.kind} ASOF join", 0.5)
 
 
-def alone(case: Case, label: str, seconds: float | None, gib: float, folder: Path, kind: str = "asof", runs: int = 3) -> Iterator[Measurement]:
+def alone(
+    case: Case, label: str, seconds: float | None, gib: float, folder: Path, kind: str = "asof", runs: int = 3
+) -> Iterator[Measurement]:
     (ours,) = in_turn(case, [kind], folder, runs)
     goal = f"<= {seconds:g} s" if seconds else "finishes"
-    yield Measurement(f"history {label}", "s", ours.seconds, None, None, None, goal, seconds is None or ours.seconds <= seconds, COMMAND)
+    yield Measurement(
+        f"history {label}", "s", ours.seconds, None, None, None, goal, seconds is None or ours.seconds <= seconds, COMMAND
+    )
     peak = ours.peak("bytes") / GIB
     yield Measurement(f"history {label} memory", "GiB", peak, None, None, None, f"<= {gib:g} GiB", peak <= gib, COMMAND)
 

@@ -50,7 +50,10 @@ def decide(policy: Retraining, evaluations: Sequence[Evaluation], state: Trainin
     if state.trained_through is None:
         return Decision(False)
     reasons = [
-        reason for trigger in ("drift", "accuracy") if trigger in policy.triggers for reason in _fired(policy, trigger, evaluations)
+        reason
+        for trigger in ("drift", "accuracy")
+        if trigger in policy.triggers
+        for reason in _fired(policy, trigger, evaluations)
     ]
     age = (today - state.trained_through).days
     if "age" in policy.triggers and age >= policy.max_age_days:

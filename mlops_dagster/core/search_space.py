@@ -53,16 +53,16 @@ class SearchSpace:
         """The finest regular grid of at most `trials` combinations; DeclarationError when the choices alone have more."""
         smallest = self._sizes(1)
         if smallest > trials:
-            raise DeclarationError(f"tuning.trials: a grid over these choices has {smallest} combinations; give at least as many, not {trials}")
+            raise DeclarationError(
+                f"tuning.trials: a grid over these choices has {smallest} combinations; give at least as many, not {trials}"
+            )
         points = 1
         while points < trials and self._sizes(points) < self._sizes(points + 1) <= trials:
             points += 1
         return self._grid(points)
 
     def _grid(self, points: int) -> dict[str, tuple[Scalar, ...]]:
-        return {
-            name: one.values if isinstance(one, Choices) else one.spaced(points) for name, one in self.parameters.items()
-        }
+        return {name: one.values if isinstance(one, Choices) else one.spaced(points) for name, one in self.parameters.items()}
 
     def _sizes(self, points: int) -> int:
         return math.prod(len(values) for values in self._grid(points).values())

@@ -33,7 +33,11 @@ def test_defaults_are_the_seeds_numbers():
 
 def test_a_regression_is_gated_by_its_baseline():
     spec = ModelSpec(name="m", package="p", **{**MINIMAL, "training": {"train": ".t.t", "task": "regression"}})
-    assert (spec.active_gate.metric, spec.active_gate.limit, spec.active_gate.gain_over_baseline) == ("mean_absolute_error", None, 0.0)
+    assert (spec.active_gate.metric, spec.active_gate.limit, spec.active_gate.gain_over_baseline) == (
+        "mean_absolute_error",
+        None,
+        0.0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,6 +80,8 @@ def test_an_unknown_time_zone_and_days_in_the_wrong_order():
 
 def test_every_field_is_documented():
     text = (Path(__file__).parents[2] / "docs" / "declaration.md").read_text()
-    sections = [m for m in vars(spec_module).values() if isinstance(m, type) and issubclass(m, Section) and m not in (Section, ModelSpec)]
+    sections = [
+        m for m in vars(spec_module).values() if isinstance(m, type) and issubclass(m, Section) and m not in (Section, ModelSpec)
+    ]
     fields = {info.alias or name for section in sections for name, info in section.model_fields.items()}
     assert {f for f in fields if f"`{f}`" not in text and f".{f}`" not in text} == set()

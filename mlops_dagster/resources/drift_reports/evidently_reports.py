@@ -30,7 +30,9 @@ class EvidentlyReports(ConfigurableResource):
     folder: str = Field(description="Where the HTML files go, as <model>/<day>.html.")
     workspace: str = Field(description="Evidently's workspace, for `evidently ui --workspace`.")
     sample_rows: int = Field(default=2000, ge=10, description="Rows of each table in a report; more are thinned evenly.")
-    plotted_columns: int = Field(default=15, ge=1, description="Columns plotted, those of the largest PSI; all are in the table above.")
+    plotted_columns: int = Field(
+        default=15, ge=1, description="Columns plotted, those of the largest PSI; all are in the table above."
+    )
     most_categories: int = Field(default=30, ge=2, description="Categories of a column told apart; the rarer ones are one.")
     max_psi: float = Field(default=0.3, gt=0, description="PSI from which the report calls a column drifted.")
 

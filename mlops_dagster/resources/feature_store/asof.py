@@ -53,7 +53,9 @@ class AsofOfflineStoreConfig(FeastConfigBaseModel):
         "auto", description="auto: in memory while that fits memory_limit, else on disk. memory, disk: always so."
     )
     threads: PositiveInt | None = Field(None, description="Threads a retrieval may use. Default: one per processor.")
-    temp_directory: str | None = Field(None, description="Folder for what does not fit memory. Default: the system's temporary folder.")
+    temp_directory: str | None = Field(
+        None, description="Folder for what does not fit memory. Default: the system's temporary folder."
+    )
     staging_location: str | None = Field(None, description="Folder or s3:// address under which to_remote_storage() writes.")
     staging_location_endpoint_override: str | None = Field(None, description="S3 endpoint of staging_location.")
 
@@ -119,7 +121,10 @@ class AsofOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """The latest row of each key from `start_date` to `end_date`, both included."""
-        period, names = Period(start_date, end_date), (join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
+        period, names = (
+            Period(start_date, end_date),
+            (join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column),
+        )
         return _source_job(config, data_source, *names, period, latest_only=True)
 
     @staticmethod
@@ -134,7 +139,10 @@ class AsofOfflineStore(OfflineStore):
         end_date: datetime | None = None,
     ) -> RetrievalJob:
         """All rows from `start_date` to `end_date`, both included, in the files' order."""
-        period, names = Period(start_date, end_date), (join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column)
+        period, names = (
+            Period(start_date, end_date),
+            (join_key_columns, feature_name_columns, timestamp_field, created_timestamp_column),
+        )
         return _source_job(config, data_source, *names, period, latest_only=False)
 
     @staticmethod
@@ -164,14 +172,18 @@ class AsofOfflineStore(OfflineStore):
         """Adds a chunk of logged features to the folder of a `FileLoggingDestination`."""
         destination = logging_config.destination
         if not isinstance(destination, FileLoggingDestination):
-            raise DataError(f"Logged features go to a FileLoggingDestination with this offline store, not {type(destination).__name__}.")
+            raise DataError(
+                f"Logged features go to a FileLoggingDestination with this offline store, not {type(destination).__name__}."
+            )
         write_logs(data, destination, config.repo_path)
 
 
 def options_of(config: RepoConfig) -> AsofOfflineStoreConfig:
     options = config.offline_store
     if not isinstance(options, AsofOfflineStoreConfig):
-        raise DataError(f"offline_store is configured by a {type(options).__name__}. Set its type to {__name__}.AsofOfflineStore.")
+        raise DataError(
+            f"offline_store is configured by a {type(options).__name__}. Set its type to {__name__}.AsofOfflineStore."
+        )
     return options
 
 
@@ -188,9 +200,13 @@ def resolved(config: RepoConfig) -> Settings:
     )
 
 
-def _entities(entity_df: Any, plans: Any, views: list[FeatureView], settings: Settings, start: datetime | None, end: datetime | None) -> EntityRows:
+def _entities(
+    entity_df: Any, plans: Any, views: list[FeatureView], settings: Settings, start: datetime | None, end: datetime | None
+) -> EntityRows:
     if entity_df is None:
-        return entities_of_period(plans, Period(*compute_non_entity_date_range(views, start_date=start, end_date=end)), settings.threads)
+        return entities_of_period(
+            plans, Period(*compute_non_entity_date_range(views, start_date=start, end_date=end)), settings.threads
+        )
     if isinstance(entity_df, str):
         return entity_rows(entities_of_sql(entity_df, plans, settings))
     return entity_rows(entity_df)
@@ -210,4 +226,6 @@ def _source_job(
     source = open_source(data_source, config.repo_path)
     for name in [*join_keys, *features, timestamp, *([created] if created else [])]:
         source.required(name)
-    return AsofRetrievalJob(SourceRowsQuery(source, join_keys, features, timestamp, created or None, period, latest_only, settings), settings)
+    return AsofRetrievalJob(
+        SourceRowsQuery(source, join_keys, features, timestamp, created or None, period, latest_only, settings), settings
+    )

@@ -43,7 +43,9 @@ def spilling(settings: Settings, failures: list[MlopsError]) -> Iterator[Any]:
                 raise failures[0] if failures else StorageError(f"DuckDB could not join on disk: {error}") from error
 
 
-def historical_batches(entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, settings: Settings) -> Iterator[pa.RecordBatch]:
+def historical_batches(
+    entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, settings: Settings
+) -> Iterator[pa.RecordBatch]:
     """The entity rows in their order with the features of all views, in batches; at least one batch, though it be empty.
 
     Only keys and times of the entity rows go through DuckDB; their other columns are put beside the answer afterwards, unchanged.
@@ -115,7 +117,9 @@ def view_reader(
     return pa.RecordBatchReader.from_batches(schema, guarded(view_batches(source, plan, columns, unit, schema), failures))
 
 
-def view_batches(source: ParquetSource, plan: ViewPlan, columns: list[str], unit: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def view_batches(
+    source: ParquetSource, plan: ViewPlan, columns: list[str], unit: str, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
     begin = 0
     for batch in source.batches(columns, ROWS_PER_BATCH):
         table = pa.Table.from_batches([batch])
@@ -133,7 +137,9 @@ def cast_key(values: pa.ChunkedArray, kind: pa.DataType, name: str) -> pa.Chunke
     try:
         return plain(values).cast(kind)
     except pa.ArrowInvalid as error:
-        raise DataError(f"Join key {name!r} of the source does not fit {kind}: {error}. Give the entity rows and the source one type.") from error
+        raise DataError(
+            f"Join key {name!r} of the source does not fit {kind}: {error}. Give the entity rows and the source one type."
+        ) from error
 
 
 def stamps(values: pa.ChunkedArray, column: str, unit: str, location: str) -> pa.Array:
@@ -169,7 +175,13 @@ def source_microseconds(source: ParquetSource, column: str) -> str:
 
 
 def source_sql(
-    source: ParquetSource, columns: list[str], join_keys: list[str], timestamp: str, created: str | None, period: Period, latest_only: bool
+    source: ParquetSource,
+    columns: list[str],
+    join_keys: list[str],
+    timestamp: str,
+    created: str | None,
+    period: Period,
+    latest_only: bool,
 ) -> str:
     """The rows of a source in a period, or the latest of each key, as DuckDB SQL."""
     limits = period.range("us")

@@ -59,7 +59,9 @@ def entities_of_period(plans: Sequence[ViewPlan], period: Period, threads: int) 
     found = found.group_by([*keys, EVENT_TIMESTAMP], use_threads=False).aggregate([])
     order = np.argsort(as_numpy(found[EVENT_TIMESTAMP].cast(pa.int64())), kind="stable")
     stamps = in_utc(found[EVENT_TIMESTAMP])
-    return EntityRows(found.set_column(found.column_names.index(EVENT_TIMESTAMP), EVENT_TIMESTAMP, stamps).take(order), EVENT_TIMESTAMP)
+    return EntityRows(
+        found.set_column(found.column_names.index(EVENT_TIMESTAMP), EVENT_TIMESTAMP, stamps).take(order), EVENT_TIMESTAMP
+    )
 
 
 def _keys_and_times(plan: ViewPlan, keys: list[str], period: Period, unit: str, threads: int) -> pa.Table:

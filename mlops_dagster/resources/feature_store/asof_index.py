@@ -30,7 +30,11 @@ class Codes:
 
 
 def key_codes(
-    entity: list[pa.ChunkedArray], source: list[pa.ChunkedArray], names: list[str], rows: tuple[int, int], null_is_a_key: bool = False
+    entity: list[pa.ChunkedArray],
+    source: list[pa.ChunkedArray],
+    names: list[str],
+    rows: tuple[int, int],
+    null_is_a_key: bool = False,
 ) -> Codes:
     """Codes of all key columns together; `rows` are the numbers of entity and source rows. Without keys every row has the code 0."""
     codes = Codes(np.zeros(rows[0], np.int64), np.zeros(rows[1], np.int64), 1)
@@ -169,7 +173,11 @@ class Clock:
         if size * (last - first + 2) < WIDEST_PRODUCT:
             return Clock(first, last, 1, last - first + 2)
         for step in STEPS:
-            if size * ((last - first) // step + 2) < WIDEST_PRODUCT and last - first < MOST and not ((values - first) % step).any():
+            if (
+                size * ((last - first) // step + 2) < WIDEST_PRODUCT
+                and last - first < MOST
+                and not ((values - first) % step).any()
+            ):
                 return Clock(first, last, step, (last - first) // step + 2)
         ranks = np.unique(values)
         return Clock(first, last, 1, len(ranks) + 1, ranks)

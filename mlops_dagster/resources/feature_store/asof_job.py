@@ -70,9 +70,17 @@ class AsofRetrievalJob(RetrievalJob):
             yield from self._query.batches()
             return
         for batch in self._query.batches():
-            yield from AsofRetrievalJob(
-                OneTable(pa.Table.from_batches([batch])), self._settings, self._full_feature_names, self._on_demand_feature_views, self._metadata
-            ).to_arrow().to_batches()
+            yield from (
+                AsofRetrievalJob(
+                    OneTable(pa.Table.from_batches([batch])),
+                    self._settings,
+                    self._full_feature_names,
+                    self._on_demand_feature_views,
+                    self._metadata,
+                )
+                .to_arrow()
+                .to_batches()
+            )
 
     def to_pandas_batches(self) -> Iterator[pd.DataFrame]:
         """The answer as pandas frames, batch by batch."""
@@ -99,7 +107,9 @@ class AsofRetrievalJob(RetrievalJob):
         location = self._settings.staging_location
         if location is None:
             raise DataError("offline_store.staging_location is not set. Set it to a folder or an s3:// address to export there.")
-        storage = SavedDatasetFileStorage(f"{location.rstrip('/')}/{uuid.uuid4()}", s3_endpoint_override=self._settings.staging_endpoint)
+        storage = SavedDatasetFileStorage(
+            f"{location.rstrip('/')}/{uuid.uuid4()}", s3_endpoint_override=self._settings.staging_endpoint
+        )
         return save_dataset(self.to_arrow_batches(), storage.file_options, self._settings.repo_path, allow_overwrite=False)
 
 

@@ -38,9 +38,7 @@ class Period:
     end: datetime | None = None
 
     def range(self, unit: str) -> TimeRange:
-        return TimeRange(
-            instant(self.start, unit) if self.start else LEAST, instant(self.end, unit) if self.end else MOST, unit
-        )
+        return TimeRange(instant(self.start, unit) if self.start else LEAST, instant(self.end, unit) if self.end else MOST, unit)
 
     def holds(self, moments: np.ndarray, unit: str) -> np.ndarray:
         wanted = self.range(unit)

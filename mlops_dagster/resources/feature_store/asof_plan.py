@@ -105,7 +105,9 @@ def as_timestamps(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if pa.types.is_date(column.type):
         return column.cast(pa.timestamp("ms"))
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_null(column.type)):
-        raise DataError(f"{name!r} of the entity rows is of type {column.type}, not a timestamp. Convert it with pandas.to_datetime.")
+        raise DataError(
+            f"{name!r} of the entity rows is of type {column.type}, not a timestamp. Convert it with pandas.to_datetime."
+        )
     try:
         parsed = pd.to_datetime(column.to_pandas(), utc=True, format="ISO8601")
     except ValueError as error:
@@ -154,7 +156,9 @@ def check_names(entities: EntityRows, plans: Sequence[ViewPlan]) -> None:
     for plan in plans:
         missing = [key for key, _ in plan.join_keys if key not in present]
         if missing:
-            raise DataError(f"The entity rows lack {missing}, join keys of feature view {plan.name!r}; they have {present}. Add them.")
+            raise DataError(
+                f"The entity rows lack {missing}, join keys of feature view {plan.name!r}; they have {present}. Add them."
+            )
     names = Counter([*present, *(name for plan in plans for _, name in plan.features)])
     twice = sorted(name for name, n in names.items() if n > 1)
     if twice:

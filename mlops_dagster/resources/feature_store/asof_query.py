@@ -53,7 +53,9 @@ class SourceRowsQuery:
         threads = self.settings.threads
         source = self.source.within(self.timestamp, self.period.range("us"))
         if not self.latest_only:
-            return self.finished(asof_memory.in_period(source.read(self.columns, threads), self.timestamp, self.period, source.location))
+            return self.finished(
+                asof_memory.in_period(source.read(self.columns, threads), self.timestamp, self.period, source.location)
+            )
         rows = asof_memory.latest(source, self.join_keys, self.timestamp, self.created, self.period, threads)
         with ThreadPoolExecutor(threads) as pool:
             return self.finished(pa.table(asof_memory.gather(source, self.columns, rows, pool, threads), names=self.columns))

@@ -89,7 +89,9 @@ class ParquetSource:
     def required(self, name: str) -> None:
         """Raises `DataError` where the files have no column of exactly this name."""
         if name not in self.schema.names:
-            raise DataError(f"{self.location!r} has no column {name!r}. It has {sorted(self.schema.names)}. Add it, or correct the feature view.")
+            raise DataError(
+                f"{self.location!r} has no column {name!r}. It has {sorted(self.schema.names)}. Add it, or correct the feature view."
+            )
 
     def within(self, column: str, wanted: TimeRange) -> "ParquetSource":
         """The same without the row groups whose statistics say that no row of theirs lies in `wanted`."""
@@ -142,7 +144,9 @@ class ParquetSource:
 def open_source(source: DataSource | None, repo_path: Path | str | None, view: str = "") -> ParquetSource:
     """Opens the files of `source`, reading only their footers; a relative path is relative to the feature repository."""
     if not isinstance(source, FileSource):
-        raise DataError(f"The source of feature view {view!r} is a {type(source).__name__}; this offline store reads FileSource (Parquet) only.")
+        raise DataError(
+            f"The source of feature view {view!r} is a {type(source).__name__}; this offline store reads FileSource (Parquet) only."
+        )
     if source.file_format is not None and not isinstance(source.file_format, ParquetFormat):
         raise DataError(
             f"FileSource {source.name!r} has file_format {type(source.file_format).__name__}; this offline store reads ParquetFormat only."
@@ -174,7 +178,9 @@ def list_files(filesystem: pafs.FileSystem, path: str, location: str) -> list[st
         raise StorageError(f"Cannot list {location!r}: {error}. Check the endpoint, the credentials and the network.") from error
     found = sorted(f.path for f in below if f.type == pafs.FileType.File and not hidden(f.path, path))
     if not found:
-        raise DataError(f"The folder {location!r} holds no Parquet file. Write the feature data there, or correct the source's path.")
+        raise DataError(
+            f"The folder {location!r} holds no Parquet file. Write the feature data there, or correct the source's path."
+        )
     return found
 
 

@@ -32,7 +32,9 @@ def save_dataset(
     Raises `SavedDatasetLocationAlreadyExists` where something is there and `allow_overwrite` is false.
     """
     if options.file_format is not None and not isinstance(options.file_format, ParquetFormat):
-        raise DataError(f"A dataset is saved as ParquetFormat, not {type(options.file_format).__name__}. Change the storage's file_format.")
+        raise DataError(
+            f"A dataset is saved as ParquetFormat, not {type(options.file_format).__name__}. Change the storage's file_format."
+        )
     location = FileSource.get_uri_for_file_path(repo_path, options.uri)
     filesystem, path = open_filesystem(location, options.s3_endpoint_override)
     path = path.rstrip("/")
@@ -64,7 +66,9 @@ def write_file(batches: Iterator[pa.RecordBatch], filesystem: pafs.FileSystem, p
             for batch in batches:
                 writer.write_batch(batch, row_group_size=ROWS_AT_ONCE)
     except OSError as error:
-        raise StorageError(f"Cannot write {path!r}: {error}. Check the space, the permissions and the network; nothing was changed.") from error
+        raise StorageError(
+            f"Cannot write {path!r}: {error}. Check the space, the permissions and the network; nothing was changed."
+        ) from error
 
 
 @contextmanager

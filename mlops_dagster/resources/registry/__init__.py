@@ -61,7 +61,9 @@ class Version:
 def evidence_hash(digest: str, evidence: Mapping[str, object]) -> str:
     """SHA-256 (hex) of the canonical JSON (sorted keys, no spaces) of the artifact digest and the evidence; DataError when not JSON."""
     try:
-        text = json.dumps({"artifact": digest, "evidence": dict(evidence)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(
+            {"artifact": digest, "evidence": dict(evidence)}, sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
     except (TypeError, ValueError) as error:
         raise DataError(f"evidence: {error}; give finite numbers, text, lists and mappings only") from error
     return hashlib.sha256(text.encode()).hexdigest()

@@ -23,14 +23,14 @@ def write_flavors(folder: Path, native: Path | None, run_id: str) -> None:
     from mlflow.models import Model
 
     if taken := sorted(MLFLOW_NAMES & {entry.name for entry in folder.iterdir()}):
-        raise ArtifactError(f"{folder.name}: {', '.join(taken)} in an artifact would collide with MLflow's own files; rename them")
+        raise ArtifactError(
+            f"{folder.name}: {', '.join(taken)} in an artifact would collide with MLflow's own files; rename them"
+        )
     for name in (MODEL_FILE, SIGNATURE_FILE):
         if not (folder / name).is_file():
             raise ArtifactError(f"{folder.name}: {name} is missing from the artifact")
     model = Model(run_id=run_id, signature=_signature(load_signature(folder)))
-    pyfunc.add_to_model(
-        model, loader_module="mlflow.onnx", data=MODEL_FILE, conda_env="conda.yaml", python_env="python_env.yaml"
-    )
+    pyfunc.add_to_model(model, loader_module="mlflow.onnx", data=MODEL_FILE, conda_env="conda.yaml", python_env="python_env.yaml")
     model.add_flavor(
         onnx_flavor.FLAVOR_NAME, onnx_version=installed("onnx"), data=MODEL_FILE, providers=["CPUExecutionProvider"], code=None
     )

@@ -61,7 +61,9 @@ class MlflowRegistry(ConfigurableResource):
             made = client.create_model_version(model, source, run_id=run_id, tags=all_tags, await_creation_for=60)
             first = _same(self._versions(client, model), identity)
             if first is None:
-                raise NotFoundError(f"{model}: version {made.version} was deleted while it was being registered; register it again")
+                raise NotFoundError(
+                    f"{model}: version {made.version} was deleted while it was being registered; register it again"
+                )
             if first.number != int(made.version):
                 client.delete_model_version(model, made.version)
             return first

@@ -29,7 +29,8 @@ class MlflowTracking(ConfigurableResource):
 
     tracking_uri: str = Field(description="sqlite:///FILE (no server needed), http(s)://HOST:PORT or postgresql://….")
     artifacts_folder: str | None = Field(
-        default=None, description="Folder of run artifacts; by default `artifacts` beside the SQLite file, or where the server keeps them."
+        default=None,
+        description="Folder of run artifacts; by default `artifacts` beside the SQLite file, or where the server keeps them.",
     )
 
     def log_run(

@@ -28,7 +28,9 @@ class WandbMirror(ConfigurableResource):
     """Writes a run a second time, for W&B. `offline` uses no network and no account."""
 
     folder: str = Field(description="Where the run folders go, below `wandb`.")
-    mode: Literal["offline", "online"] = Field(default="offline", description="online sends to the account that wandb is logged in to.")
+    mode: Literal["offline", "online"] = Field(
+        default="offline", description="online sends to the account that wandb is logged in to."
+    )
     entity: str | None = Field(default=None, description="W&B team or user; by default the account's own.")
 
     def log_run(

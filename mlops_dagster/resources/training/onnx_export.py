@@ -86,7 +86,9 @@ def run(onnx_bytes: bytes, features: "pandas.DataFrame", threads: int = 1) -> li
 
 def _converted(estimator: Any, signature: Signature) -> Any:
     if hasattr(estimator, "predict_proba") != (signature.task == "classification"):
-        raise DeclarationError(f"task: {signature.task} does not fit {type(estimator).__name__}; correct the task or the estimator")
+        raise DeclarationError(
+            f"task: {signature.task} does not fit {type(estimator).__name__}; correct the task or the estimator"
+        )
     _register_converters()
     names = [feature.name for feature in signature.features]
     if signature.onnx_input == "columns":
@@ -159,7 +161,11 @@ def _register_converters() -> None:
         LGBMClassifier, "LightGbmLGBMClassifier", calculate_linear_classifier_output_shapes, convert_lightgbm, options=flags
     )
     update_registered_converter(
-        LGBMRegressor, "LightGbmLGBMRegressor", calculate_linear_regressor_output_shapes, convert_lightgbm, options={"split": None}
+        LGBMRegressor,
+        "LightGbmLGBMRegressor",
+        calculate_linear_regressor_output_shapes,
+        convert_lightgbm,
+        options={"split": None},
     )
 
 
@@ -189,4 +195,6 @@ def _check_graph(proto: Any, signature: Signature) -> None:
     inputs = [one.name for one in proto.graph.input]
     names = [feature.name for feature in signature.features]
     if inputs != [TENSOR_INPUT] and not set(inputs) <= set(names):
-        raise ArtifactError(f"training.export: inputs {inputs} must be [{TENSOR_INPUT!r}] or features of the signature: {', '.join(names)}")
+        raise ArtifactError(
+            f"training.export: inputs {inputs} must be [{TENSOR_INPUT!r}] or features of the signature: {', '.join(names)}"
+        )

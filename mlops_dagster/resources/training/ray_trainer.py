@@ -33,4 +33,6 @@ class RayTrainer(ConfigurableResource):
             except RayTaskError as error:
                 raise error.cause from None
             except RayError as error:
-                raise TransientError(f"training on Ray at {self.address}: {error}; check the worker's memory and try again") from error
+                raise TransientError(
+                    f"training on Ray at {self.address}: {error}; check the worker's memory and try again"
+                ) from error

@@ -22,7 +22,9 @@ class RayTuner(ConfigurableResource):
     """Tuner (see the Protocol) with `parallel` trials at once; the stored study is the same as OptunaTuner's."""
 
     folder: str = Field(description="Where the studies are kept, one SQLite file for all.")
-    parallel: int = Field(default=2, ge=1, description="Trials at once. A model-based search sees the results of whole rounds only.")
+    parallel: int = Field(
+        default=2, ge=1, description="Trials at once. A model-based search sees the results of whole rounds only."
+    )
     address: str = Field(default=LOCAL, description="`local` starts a cluster for the call; else ray://HOST:PORT or HOST:PORT.")
     cpus: int = Field(default=2, ge=1, description="CPUs of a local cluster, shared by the trials.")
     object_store_mebibytes: int = Field(default=256, ge=80, description="Shared memory of a local cluster.")

@@ -65,7 +65,9 @@ class Study:
         trials = _finished(self.stored)
         scored = [trial for trial in trials if trial.value is not None]
         if not scored:
-            raise DataError(f"tuning: all {len(trials)} trials of {self.name!r} gave NaN; check the metric and the parameters' ranges")
+            raise DataError(
+                f"tuning: all {len(trials)} trials of {self.name!r} gave NaN; check the metric and the parameters' ranges"
+            )
         sign = 1.0 if self.direction == "maximize" else -1.0
         winner = max(scored, key=lambda trial: (sign * trial.value, -trial.number))
         return Best(decode(self.space, winner.params), float(winner.value), _table(self.space, trials))
@@ -79,9 +81,7 @@ class Ask:
     parameters: dict[str, Any]
 
 
-def open_study(
-    folder: str, name: str, space: SearchSpace, algorithm: str, trials: int, direction: str, seed: int
-) -> Study:
+def open_study(folder: str, name: str, space: SearchSpace, algorithm: str, trials: int, direction: str, seed: int) -> Study:
     """Open or make the study; trials that a killed process left are closed. Raises as Tuner.search does, and StorageError."""
     import optuna
 
@@ -160,7 +160,9 @@ def sampler(algorithm: str, seed: int, done: int, point: dict[str, Any] | None =
         if algorithm == "tpe":
             return samplers.TPESampler(seed=own, multivariate=True)
         if algorithm == "cmaes":
-            return samplers.CmaEsSampler(seed=own, independent_sampler=samplers.RandomSampler(seed=own), warn_independent_sampling=False)
+            return samplers.CmaEsSampler(
+                seed=own, independent_sampler=samplers.RandomSampler(seed=own), warn_independent_sampling=False
+            )
         return samplers.QMCSampler(
             qmc_type=algorithm,  # pyright: ignore[reportArgumentType]
             scramble=True,

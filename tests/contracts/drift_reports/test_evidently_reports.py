@@ -101,7 +101,9 @@ def test_only_columns_that_can_be_drawn_are(reports: EvidentlyReports) -> None:
 
 
 def test_one_row_is_enough(reports: EvidentlyReports) -> None:
-    assert reports.write("flight", DAY, table(40), table(1).drop_columns(["delay"]).append_column("delay", [[1.0]]), PSI).rows == 1
+    assert (
+        reports.write("flight", DAY, table(40), table(1).drop_columns(["delay"]).append_column("delay", [[1.0]]), PSI).rows == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,9 +115,7 @@ def test_one_row_is_enough(reports: EvidentlyReports) -> None:
         (table(9).select(["empty"]), table(9), "no column has values on both sides"),
     ],
 )
-def test_bad_input_is_named(
-    reports: EvidentlyReports, reference: pyarrow.Table, current: pyarrow.Table, message: str
-) -> None:
+def test_bad_input_is_named(reports: EvidentlyReports, reference: pyarrow.Table, current: pyarrow.Table, message: str) -> None:
     with pytest.raises(DataError, match=message):
         reports.write("flight", DAY, reference, current, PSI)
 

@@ -13,7 +13,9 @@ def reference_join(
     return [reference_value(entity, source, keys, ttl, as_known, created) for entity in entities]
 
 
-def reference_value(entity: Row, source: Sequence[Row], keys: Sequence[str], ttl: int | None, as_known: bool, created: bool) -> Any:
+def reference_value(
+    entity: Row, source: Sequence[Row], keys: Sequence[str], ttl: int | None, as_known: bool, created: bool
+) -> Any:
     best: tuple[Any, ...] | None = None
     value = None
     for position, row in enumerate(source):

@@ -32,7 +32,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> FeatureStore:
     driver = entity("driver")
     schema = [Field(name="trips", dtype=Int64)]
     view = FeatureView(name="trips", entities=[driver], ttl=timedelta(hours=2), schema=schema, source=file_source("rows.parquet"))
-    late = FeatureView(name="late", entities=[driver], ttl=timedelta(seconds=1), schema=schema, source=file_source("rows.parquet"))
+    late = FeatureView(
+        name="late", entities=[driver], ttl=timedelta(seconds=1), schema=schema, source=file_source("rows.parquet")
+    )
     return applied(open_store(tmp_path, engine=request.param), [driver], [view, late])
 
 
@@ -210,7 +212,12 @@ def test_other_sources_and_formats_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_sentinel_times_at_the_end_of_time_do_not_overflow(store: FeatureStore) -> None:
     end_of_time = 253_402_300_799_000_000
-    rows = {**GOOD, "driver": pa.array([1, 1]), "created": stamps([end_of_time, HOUR]), "event_timestamp": stamps([HOUR, end_of_time])}
+    rows = {
+        **GOOD,
+        "driver": pa.array([1, 1]),
+        "created": stamps([end_of_time, HOUR]),
+        "event_timestamp": stamps([HOUR, end_of_time]),
+    }
     write(source_path(store), **rows)
     assert trips(store, frame()) == [None, None, 10]
     assert trips(store, frame(), filter_by_created_timestamp=True) == [None, None, None]
@@ -222,7 +229,9 @@ def test_text_keys_and_features_come_through(tmp_path: Path) -> None:
     tail = entity("tail", ValueType.STRING)
     rows = {**GOOD, "tail": pa.array(["N1", "N2"]), "maker": pa.array(["b", None])}
     source = file_source(write(tmp_path / "p.parquet", **rows))
-    view = FeatureView(name="planes", entities=[tail], ttl=timedelta(0), schema=[Field(name="maker", dtype=String)], source=source)
+    view = FeatureView(
+        name="planes", entities=[tail], ttl=timedelta(0), schema=[Field(name="maker", dtype=String)], source=source
+    )
     store = applied(open_store(tmp_path), [tail], [view])
     answer = store.get_historical_features(
         entity_df=pd.DataFrame({"tail": ["N2", "N1", "N9", None], "event_timestamp": [pd.Timestamp("2026-01-01", tz="UTC")] * 4}),

@@ -20,7 +20,9 @@ def test_row_numbers_are_those_of_the_definition(clock: str, as_known: bool) -> 
         codes, wanted = random.integers(-1, keys, rows), random.integers(-1, keys, entities)
         times, created, moments = (CLOCKS[clock](random.integers(0, 9, n)) for n in (rows, rows, entities))
         found = latest_rows(wanted, moments, keys * 1000, SourceRows(codes, times, created), as_known)
-        history = [{"k": key(c), "t": t, "created": d, "value": i} for i, (c, t, d) in enumerate(zip(codes, times, created, strict=True))]
+        history = [
+            {"k": key(c), "t": t, "created": d, "value": i} for i, (c, t, d) in enumerate(zip(codes, times, created, strict=True))
+        ]
         asked = [{"k": key(c), "t": t} for c, t in zip(wanted, moments, strict=True)]
         assert [key(row) for row in found] == reference_join(asked, history, ["k"], None, as_known), seed
 

@@ -105,7 +105,9 @@ def test_join_key_maps_field_mapping_ttl_and_on_demand_features_together(either:
 def test_as_known_at_is_off_by_default_and_leaves_out_late_rows_when_on(store: FeatureStore) -> None:
     def trips(chosen: FeatureStore, **options: Any) -> list[Any]:
         frame = ROWS[["driver", "event_timestamp"]]
-        return chosen.get_historical_features(entity_df=frame, features=["trips:trips"], **options).to_arrow()["trips"].to_pylist()
+        return (
+            chosen.get_historical_features(entity_df=frame, features=["trips:trips"], **options).to_arrow()["trips"].to_pylist()
+        )
 
     assert trips(store) == [50, 21, 10, None, 10]
     late_left_out = [50, 20, 10, None, 10]
@@ -186,7 +188,9 @@ def test_remote_export_writes_under_the_staging_location(store: FeatureStore, tm
 
 def test_materialized_values_are_the_latest_of_each_key(store: FeatureStore) -> None:
     store.materialize(DAY - timedelta(days=1), DAY + timedelta(hours=4))
-    answer = store.get_online_features(features=["trips:trips", "trips:rate"], entity_rows=[{"driver": d} for d in (1, 2, 3)]).to_dict()
+    answer = store.get_online_features(
+        features=["trips:trips", "trips:rate"], entity_rows=[{"driver": d} for d in (1, 2, 3)]
+    ).to_dict()
     assert answer["trips"] == [21, 30, None]
     assert answer["rate"] == [0.21, 0.3, None]
 

@@ -22,7 +22,13 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 @pytest.fixture(scope="module", params=["memory", "disk"])
 def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     folder = tmp_path_factory.mktemp(f"join-{request.param}")
-    blank = {"a": pa.array([1]), "b": pa.array(["x"]), "event_timestamp": stamps([0]), "created": stamps([0]), "value": pa.array([1])}
+    blank = {
+        "a": pa.array([1]),
+        "b": pa.array(["x"]),
+        "event_timestamp": stamps([0]),
+        "created": stamps([0]),
+        "value": pa.array([1]),
+    }
     source = file_source(write(folder / "rows.parquet", **blank))
     plain = file_source(folder / "rows.parquet", created=False, name="plain")
     a, b = entity("a"), entity("b", ValueType.STRING)
@@ -46,7 +52,9 @@ moments = st.integers(0, 8)
 keys = st.one_of(st.none(), st.integers(0, 2))
 words = st.one_of(st.none(), st.sampled_from(["x", "yy", ""]))
 entity_row = st.fixed_dictionaries({"a": keys, "b": words, "t": moments})
-source_row = st.fixed_dictionaries({"a": keys, "b": words, "t": st.one_of(st.none(), moments), "created": st.one_of(st.none(), moments)})
+source_row = st.fixed_dictionaries(
+    {"a": keys, "b": words, "t": st.one_of(st.none(), moments), "created": st.one_of(st.none(), moments)}
+)
 units = st.sampled_from(list(PER_SECOND))
 zones = st.sampled_from([None, "UTC", "America/New_York"])
 VIEWS: list[tuple[str, list[str], int | None, bool]] = [
@@ -77,7 +85,10 @@ def test_many_rows_of_few_keys(store: FeatureStore, as_known: bool) -> None:
     random = np.random.default_rng(3)
 
     def rows(count: int, *names: str) -> list[dict[str, Any]]:
-        return [{"a": int(random.integers(3)), "b": "xy"[random.integers(2)], **{n: int(random.integers(60)) for n in names}} for _ in range(count)]
+        return [
+            {"a": int(random.integers(3)), "b": "xy"[random.integers(2)], **{n: int(random.integers(60)) for n in names}}
+            for _ in range(count)
+        ]
 
     check(store, rows(400, "t"), rows(300, "t", "created"), ("us", "ns", "UTC", None), as_known)
 
@@ -89,7 +100,10 @@ def check(store: FeatureStore, entities: Any, source: Any, how: Any, as_known: b
     write(folder / "rows.parquet", **source_columns(source, unit, zone))
     frame = entity_frame(entities, entity_unit, entity_zone)
     job = store.get_historical_features(
-        entity_df=frame, features=[f"{name}:value" for name, *_ in VIEWS], full_feature_names=True, filter_by_created_timestamp=as_known
+        entity_df=frame,
+        features=[f"{name}:value" for name, *_ in VIEWS],
+        full_feature_names=True,
+        filter_by_created_timestamp=as_known,
     )
     answer = job.to_arrow()
     assert answer["label"].to_pylist() == list(range(len(entities)))

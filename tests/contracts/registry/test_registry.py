@@ -59,7 +59,9 @@ def test_aliases_move(registry: MlflowRegistry, model: str, artifact: Path) -> N
     registry.set_alias(model, "candidate", None)
     registry.set_alias(model, "candidate", None)
     assert [version.aliases for version in registry.versions(model)] == [(), ("champion",)]
-    with pytest.raises(DeclarationError, match=r"alias: 'winner' is unknown; use one of candidate, challenger, champion, previous"):
+    with pytest.raises(
+        DeclarationError, match=r"alias: 'winner' is unknown; use one of candidate, challenger, champion, previous"
+    ):
         registry.set_alias(model, "winner", 1)
     with pytest.raises(NotFoundError, match=r"version 7 does not exist; there are: 1, 2"):
         registry.set_alias(model, "champion", 7)
@@ -111,9 +113,7 @@ def test_a_tag_set_by_hand_is_seen_and_then_bound(registry: MlflowRegistry, mode
 
 
 @pytest.mark.parametrize("approval", [replace(YES, by=" "), replace(YES, at=None)])
-def test_an_approval_needs_a_name_and_a_time(
-    registry: MlflowRegistry, model: str, artifact: Path, approval: Approval
-) -> None:
+def test_an_approval_needs_a_name_and_a_time(registry: MlflowRegistry, model: str, artifact: Path, approval: Approval) -> None:
     registry.register(model, artifact, digest(artifact), EVIDENCE, {})
     with pytest.raises(ApprovalError, match="version 1: an approval needs"):
         registry.record_approval(model, 1, approval)

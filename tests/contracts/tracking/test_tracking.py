@@ -32,7 +32,9 @@ def test_a_run_reads_back_whole(tracking: MlflowTracking, tmp_path: Path) -> Non
     (tmp_path / "plots" / "roc.txt").write_text("curve")
     (tmp_path / "notes.md").write_text("x")
     artifacts = {"report/notes.md": tmp_path / "notes.md", "plots": tmp_path / "plots", "raw.bin": b"\x00\x01"}
-    ref = tracking.log_run("flight", "whole/2013-03-01", PARAMETERS, {"accuracy": 0.91, "undefined": math.nan}, {"engine": "local"}, artifacts)
+    ref = tracking.log_run(
+        "flight", "whole/2013-03-01", PARAMETERS, {"accuracy": 0.91, "undefined": math.nan}, {"engine": "local"}, artifacts
+    )
     run = tracking.read_run("flight", "whole/2013-03-01")
     assert run is not None
     assert run.ref == ref
@@ -111,7 +113,7 @@ def test_what_is_not_there_reads_as_none(tracking: MlflowTracking) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"run_key": "a'b"}, DeclarationError, "run_key: \"a'b\""),
+        ({"run_key": "a'b"}, DeclarationError, 'run_key: "a\'b"'),
         ({"metrics": {"lift": math.inf}}, DataError, r"metrics.lift: inf"),
         ({"artifacts": {"../x": b""}}, DeclarationError, r"artifacts: '\.\./x'"),
         ({"artifacts": {"x": Path("/no/such/file")}}, NotFoundError, "artifacts.x: /no/such/file"),

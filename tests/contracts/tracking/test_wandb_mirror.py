@@ -44,7 +44,9 @@ def read(folder: Path) -> dict[str, Any]:
             found.update(project=record.run.project, id=record.run.run_id, name=record.run.display_name)
             found["config"] = {entry.key: json.loads(entry.value_json) for entry in record.run.config.update}
         elif kind == "summary":
-            found["summary"] |= {entry.key or entry.nested_key[0]: json.loads(entry.value_json) for entry in record.summary.update}
+            found["summary"] |= {
+                entry.key or entry.nested_key[0]: json.loads(entry.value_json) for entry in record.summary.update
+            }
         elif kind == "files":
             found["files"] += [entry.path for entry in record.files.files]
         elif kind == "exit":

@@ -107,7 +107,9 @@ def test_regressors_give_one_column(name: str, rows: pandas.DataFrame, minutes: 
 @pytest.mark.parametrize(
     "encoder", [OneHotEncoder(handle_unknown="ignore"), OrdinalEncoder(handle_unknown="use_encoded_value", unknown_value=-1)]
 )
-@pytest.mark.parametrize("last", [LGBMClassifier(**TREES), LogisticRegression(max_iter=2000), HistGradientBoostingClassifier(max_iter=9)])
+@pytest.mark.parametrize(
+    "last", [LGBMClassifier(**TREES), LogisticRegression(max_iter=2000), HistGradientBoostingClassifier(max_iter=9)]
+)
 def test_text_columns_stay_text(last: Any, encoder: Any, rows: pandas.DataFrame, late: pandas.Series) -> None:
     estimator = mixed(last, encoder).fit(rows, late)
     graph = export(estimator, signature(rows, "classification"))

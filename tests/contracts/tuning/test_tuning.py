@@ -68,7 +68,9 @@ def test_minimizing_finds_the_smallest(tuner: Tuner) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tuner", "algorithm"), [("optuna", "random"), ("optuna", "tpe"), ("optuna", "grid"), ("optuna", "halton"), ("ray", "grid")], indirect=["tuner"]
+    ("tuner", "algorithm"),
+    [("optuna", "random"), ("optuna", "tpe"), ("optuna", "grid"), ("optuna", "halton"), ("ray", "grid")],
+    indirect=["tuner"],
 )
 def test_choices_keep_their_types(tuner: Tuner, algorithm: str) -> None:
     def score(parameters: dict[str, Any]) -> float:
