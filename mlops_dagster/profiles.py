@@ -34,6 +34,8 @@ def embedded(settings: Settings) -> dict[str, object]:
     from mlops_dagster.resources.data_versions.dvc import DvcVersions
     from mlops_dagster.resources.drift_reports.evidently_reports import EvidentlyReports
     from mlops_dagster.resources.feature_engine.duckdb_engine import DuckDBEngine
+    from mlops_dagster.resources.feature_engine.ray_engine import RayEngine
+    from mlops_dagster.resources.feature_engine.spark_engine import SparkEngine
     from mlops_dagster.resources.feature_store.feast_store import ASOF, FeastStore
     from mlops_dagster.resources.inference_segments import FolderSegments
     from mlops_dagster.resources.ledger.opened import LedgerResource
@@ -42,7 +44,9 @@ def embedded(settings: Settings) -> dict[str, object]:
     from mlops_dagster.resources.serving.embedded import EmbeddedServing
     from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
     from mlops_dagster.resources.training.local import LocalTrainer
+    from mlops_dagster.resources.training.ray_trainer import RayTrainer
     from mlops_dagster.resources.tuning.optuna_tuner import OptunaTuner
+    from mlops_dagster.resources.tuning.ray_tuner import RayTuner
 
     root = settings.root
     lake, mlflow = str(root / "lake"), f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
@@ -51,11 +55,15 @@ def embedded(settings: Settings) -> dict[str, object]:
         "data_lake": FolderLake(root=lake),
         "data_versions": DvcVersions(root=lake, remote=str(root / "dvc_remote")),
         "feature_engine_duckdb": DuckDBEngine(),
+        "feature_engine_spark": SparkEngine(),
+        "feature_engine_ray": RayEngine(),
         "feature_store": FeastStore(
             root=str(root / "feature_store"), lake_root=lake, offline_store={"type": ASOF, "as_known_at": True}
         ),
         "tuning_local": OptunaTuner(folder=str(root / "tuning")),
+        "tuning_ray": RayTuner(folder=str(root / "tuning")),
         "training_local": LocalTrainer(),
+        "training_ray": RayTrainer(),
         "tracking": MlflowTracking(tracking_uri=mlflow, artifacts_folder=artifacts),
         "registry": MlflowRegistry(tracking_uri=mlflow, artifacts_folder=artifacts),
         "serving": EmbeddedServing(root=str(root / "serving")),
