@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 2
+# The certificates that the machine trusts, as pip does: a network may have its own.
+export UV_SYSTEM_CERTS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
