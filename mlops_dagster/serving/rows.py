@@ -132,8 +132,9 @@ def event_time(value: object, number: int) -> datetime | None:
         return None
     try:
         moment = datetime.fromisoformat(value)  # type: ignore[arg-type]
-        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    except (TypeError, ValueError):
+        # In UTC, because Arrow drops any other offset where PYARROW_IGNORE_TIMEZONE is set (as importing pyspark.pandas does).
+        moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (TypeError, ValueError, OverflowError):
         raise InputError(
             f"instances[{number}].event_timestamp is {_short(value)}; it must be an ISO 8601 time such as 2013-02-17T08:30:00Z."
         ) from None

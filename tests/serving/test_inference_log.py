@@ -57,8 +57,10 @@ def test_a_flush_brings_every_answered_row_with_its_answer(start: Starter, numbe
 
 
 def test_rows_are_stored_by_the_day_of_their_event_in_the_models_zone(
-    start: Starter, number_model: Model, tmp_path: Path
+    start: Starter, number_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Importing Pandera sets this where pyspark is installed; a server that inherits it must not lose the offsets.
+    monkeypatch.setenv("PYARROW_IGNORE_TIMEZONE", "1")
     process = start(number_model, "--log-root", str(tmp_path), "--timezone", "America/New_York")
     instance = number_model.instances(1)[0]
     moments = [

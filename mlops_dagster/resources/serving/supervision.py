@@ -195,8 +195,9 @@ def _runs(pid: int) -> bool:
     return False
 
 
-# Feast points PROMETHEUS_MULTIPROC_DIR at a folder that it removes when the process that imported it ends.
-_OF_ONE_PROCESS = ("DAGSTER_RUN_", "DAGSTER_PIPES_", "PROMETHEUS_MULTIPROC_DIR")
+# Feast points PROMETHEUS_MULTIPROC_DIR at a folder that it removes when the process that imported it ends; pyspark.pandas, which Pandera
+# imports, has Arrow ignore time zones.
+_OF_ONE_PROCESS = ("DAGSTER_RUN_", "DAGSTER_PIPES_", "PROMETHEUS_MULTIPROC", "PYARROW_IGNORE_TIMEZONE")
 
 
 def _environment() -> dict[str, str]:
