@@ -102,12 +102,11 @@ def way_back(life: Life) -> None:
     while not rollout.tick(life.parts, life.spec, dt.datetime.now(dt.UTC)).state.phase.final:
         time.sleep(0.1)
     state = rollout.current(life.parts, MODEL)
-    observed = life.resources["serving"].observe(MODEL)
+    # The routes are set at once and live when the gateway has taken them.
+    while (routes := life.resources["serving"].observe(MODEL).routes) != state.routes and time.monotonic() - begun < 60:
+        time.sleep(0.05)
     aliases = {v.number: sorted(v.aliases) for v in life.versions()}
-    seconds = time.monotonic() - begun
-    life.tell(
-        "back", phase=str(state.phase), version=state.candidate, aliases=aliases, routes=str(observed.routes), seconds=seconds
-    )
+    life.tell("back", phase=str(state.phase), version=state.candidate, aliases=aliases, routes=str(routes))
 
 
 def main() -> None:
