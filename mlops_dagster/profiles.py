@@ -16,9 +16,6 @@ class Settings(BaseSettings):
 
     home: Path = Field(default=Path(".mlops"), description="Folder of everything that the embedded profile keeps.")
     profile: Literal["embedded"] = Field(default="embedded", description="Which backends are used.")
-    wandb: bool = Field(
-        default=False, description="Mirror tracked runs to Weights & Biases (offline unless WANDB_MODE says otherwise)."
-    )
     ledger_url: str | None = Field(default=None, description="SQLAlchemy URL of the ledger; default: SQLite in `home`.")
 
     @property
