@@ -53,7 +53,7 @@ class Histogram:
 
     def observe(self, seconds: np.ndarray) -> None:
         if len(seconds):
-            self._counts += np.bincount(np.searchsorted(self._bounds, seconds), minlength=len(self._counts))
+            self._counts += np.bincount(self._bounds.searchsorted(seconds), minlength=len(self._counts))
             self._sum += float(seconds.sum())
 
     def lines(self, name: str, labels: str) -> list[str]:

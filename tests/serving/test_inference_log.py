@@ -2,6 +2,7 @@
 
 import datetime as dt
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from predictor_processes import Model, Process, Starter, wait_until
 
 from mlops_dagster.core.errors import StorageError
-from mlops_dagster.serving.inference_log import read_losses
+from mlops_dagster.serving.inference_log import CHUNK_EVENTS, read_losses
 from mlops_dagster.serving.segments import days, read_segments
 
 TODAY = dt.datetime.now(dt.UTC).date()
@@ -54,6 +55,24 @@ def test_a_flush_brings_every_answered_row_with_its_answer(start: Starter, numbe
         assert row["score"] == answer["probabilities"][at][1]
         assert 0 < row["latency_ms"] < 5000
         assert row["event_timestamp"] == row["logged_at"]
+
+
+def test_full_chunks_made_between_answers_and_the_rest_are_one_log(start: Starter, number_model: Model, tmp_path: Path) -> None:
+    process = start(number_model, "--log-root", str(tmp_path), "--flush-seconds", "60")
+    instances = number_model.instances(7)
+    with httpx.Client() as client:
+        for number in range(2 * CHUNK_EVENTS + 10):
+            asked = instances[number % 7 :][: 1 + (number % 5 == 0)]
+            body = {"instances": [{**i, "id": f"{number}-{n}"} for n, i in enumerate(asked)]}
+            assert client.post(f"{process.url}/v1/models/m:predict", json=body).status_code == 200
+    status = process.flush()["log"]
+    rows = logged(tmp_path)
+    assert status["accepted"] == status["written"] == rows.num_rows
+    by_id = {r["row_id"]: r["features"] for r in rows.to_pylist()}
+    assert len(by_id) == rows.num_rows
+    assert all(features == instances[int(name.split("-")[0]) % 7 + int(name[-1])] for name, features in by_id.items())
+    counted = httpx.get(f"{process.url}/metrics").text
+    assert re.search(rf'mlops_predicted_rows_total{{.*shadow="false"}} {rows.num_rows}\n', counted)
 
 
 def test_rows_are_stored_by_the_day_of_their_event_in_the_models_zone(
