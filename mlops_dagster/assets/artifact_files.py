@@ -1,4 +1,4 @@
-"""Model artifacts in the lake, and the answers that their ONNX model gives to a table of rows."""
+"""Model artifacts in the lake, and the answers that their models give to a table of rows."""
 
 import tempfile
 from collections.abc import Iterator
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says of some rows: `prediction` [rows]; `score` [rows], the probability of class 1, for two classes."""
+    """What a model says of some rows: `prediction` [rows]; `score` [rows], the probability of class 1, for two classes;
+    `probabilities` [rows, classes], where the model gives them.
+    """
 
     prediction: "np.ndarray"
     score: "np.ndarray | None"
+    probabilities: "np.ndarray | None" = None
 
 
 def folder_key(spec: ModelSpec, digest: str) -> str:
@@ -61,15 +64,14 @@ def answers(folder: Path, digest: str, rows: pa.Table) -> Answers:
     """What the artifact answers to rows that have its features as columns; the very code that serves it."""
     import numpy as np
 
-    from mlops_dagster.serving.scoring import Scorer
+    from mlops_dagster.serving.mlflow_scoring import opened
 
-    scorer = Scorer(artifact.load(folder, digest), threads=2)
-    columns = [_column(rows[f.name], f.dtype) for f in scorer.signature.features]
-    prediction, probabilities = scorer.many(columns, rows.num_rows)
+    with opened(artifact.load(folder, digest), threads=2) as scorer:
+        columns = [_column(rows[f.name], f.dtype) for f in scorer.signature.features]
+        prediction, probabilities = scorer.many(columns, rows.num_rows)
     values = np.asarray(prediction).reshape(-1).astype(float)
-    if probabilities is None or probabilities.shape[1] != 2:
-        return Answers(values, None)
-    return Answers(values, probabilities[:, 1].astype(float))
+    score = None if probabilities is None or probabilities.shape[1] != 2 else probabilities[:, 1].astype(float)
+    return Answers(values, score, probabilities)
 
 
 def _column(column: pa.ChunkedArray, dtype: str) -> "np.ndarray":

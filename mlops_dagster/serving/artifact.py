@@ -1,13 +1,14 @@
 """The model artifact: a folder that is served only if its bytes are the ones that were registered.
 
-`model.onnx`, `signature.json`, and whatever else was stored beside them (`reference_profile.json`, `reference_sample.parquet`).
-Nothing in it is ever unpickled.
+`signature.json`, the model, and whatever else was stored beside them (`reference_profile.json`, `reference_sample.parquet`). The model
+is `model.onnx` or, where an estimator has no ONNX form, an MLflow model in the folder `mlflow/`. Nothing of it is unpickled here: the
+latter is MLflow's own server's to load, after its bytes were compared with the digest.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from mlops_dagster.core.errors import ArtifactError
 
 MODEL_FILE = "model.onnx"
 SIGNATURE_FILE = "signature.json"
+NATIVE_FOLDER = "mlflow"
+NATIVE_FILE = f"{NATIVE_FOLDER}/MLmodel"
 DTYPES = ("float64", "int64", "string", "bool")
 TASKS = ("classification", "regression")
 ONNX_INPUTS = ("tensor", "columns")
@@ -44,6 +47,7 @@ class Signature:
 
     `onnx_input` is `tensor` (one float tensor [N, n_features]) or `columns` (one input [N, 1] for each feature, named as the feature).
     `entities` are the join keys, `request` the request-time values, from which an online feature store can complete a row.
+    `probabilities` says whether a classifier gives them (an ONNX one always does).
     """
 
     model: str
@@ -53,6 +57,7 @@ class Signature:
     request: tuple[RequestInput, ...] = ()
     classes: tuple[Any, ...] | None = None
     onnx_input: str = "tensor"
+    probabilities: bool = True
 
     def __post_init__(self) -> None:
         _check_signature(self)
@@ -79,6 +84,7 @@ class Signature:
                 request=tuple(RequestInput(**r) for r in raw.get("request") or ()),
                 classes=None if raw.get("classes") is None else tuple(raw["classes"]),
                 onnx_input=raw.get("onnx_input", "tensor"),
+                probabilities=raw.get("probabilities", True),
             )
         except KeyError as error:
             raise ArtifactError(f"{SIGNATURE_FILE} has no field {error}. Fields needed: model, task, features.") from error
@@ -88,12 +94,16 @@ class Signature:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model folder whose digest was compared with the registered one; `model` are the very bytes that were hashed."""
+    """A model folder whose digest was compared with the registered one, with the very bytes that were hashed.
+
+    `model` is the ONNX model; empty where `native` has the files of an MLflow model, by their paths below `mlflow/`.
+    """
 
     folder: Path
     sha256: str
     signature: Signature
     model: bytes
+    native: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def digest(folder: Path | str) -> str:
@@ -101,7 +111,7 @@ def digest(folder: Path | str) -> str:
 
     Raises ArtifactError when the folder is missing or holds no file.
     """
-    return _digest(Path(folder), {})
+    return _digest(Path(folder), lambda _: False)[0]
 
 
 def load_signature(folder: Path | str) -> Signature:
@@ -111,7 +121,7 @@ def load_signature(folder: Path | str) -> Signature:
         return Signature.from_json(path.read_bytes())
     except OSError as error:
         raise ArtifactError(
-            f"Cannot read {path}: {error.strerror}. A model folder needs {MODEL_FILE} and {SIGNATURE_FILE}."
+            f"Cannot read {path}: {error.strerror}. A model folder needs {SIGNATURE_FILE} and {MODEL_FILE} or {NATIVE_FILE}."
         ) from error
 
 
@@ -132,40 +142,45 @@ def load(folder: Path | str, sha256: str) -> Artifact:
     The model is handed on from memory, so that a file swapped after the comparison is not the one that is served.
     """
     folder = Path(folder)
-    kept: dict[str, bytes] = {MODEL_FILE: b"", SIGNATURE_FILE: b""}
-    found = _digest(folder, kept)
+    found, kept = _digest(folder, lambda name: name in (MODEL_FILE, SIGNATURE_FILE) or name.startswith(f"{NATIVE_FOLDER}/"))
     if found != sha256.strip().lower():
         raise ArtifactError(
             f"The artifact in {folder} has SHA-256 {found}, but the registered one is {sha256}: its bytes changed. "
             "Restore the folder from the registry, or register and approve this one as a new version."
         )
-    for name, content in kept.items():
-        if not content:
-            raise ArtifactError(
-                f"The artifact in {folder} has no {name} (or an empty one); it needs {MODEL_FILE} and {SIGNATURE_FILE}."
-            )
-    return Artifact(folder, found, Signature.from_json(kept[SIGNATURE_FILE]), kept[MODEL_FILE])
+    model, signature = kept.pop(MODEL_FILE, b""), kept.pop(SIGNATURE_FILE, b"")
+    native = {name.removeprefix(f"{NATIVE_FOLDER}/"): content for name, content in kept.items()}
+    if not signature or not (model or NATIVE_FILE in kept):
+        absent = MODEL_FILE if signature else SIGNATURE_FILE
+        raise ArtifactError(
+            f"The artifact in {folder} has no {absent} (or an empty one); it needs {SIGNATURE_FILE} and {MODEL_FILE} or {NATIVE_FILE}."
+        )
+    if model and native:
+        raise ArtifactError(f"The artifact in {folder} has both {MODEL_FILE} and {NATIVE_FILE}; only one of them can be served.")
+    return Artifact(folder, found, Signature.from_json(signature), model, native)
 
 
-def _digest(folder: Path, kept: dict[str, bytes]) -> str:
-    """The digest of `folder`; contents of the files named by `kept` are put into it."""
+def _digest(folder: Path, keep: Callable[[str], bool]) -> tuple[str, dict[str, bytes]]:
+    """The digest of `folder`, and the contents of the files whose relative paths `keep` wants."""
     if not folder.is_dir():
-        raise ArtifactError(f"There is no artifact folder {folder}. Give the folder that holds {MODEL_FILE}.")
-    lines = []
+        raise ArtifactError(f"There is no artifact folder {folder}. Give the folder that holds {SIGNATURE_FILE} and the model.")
+    lines, kept = [], {}
     try:
         for path in folder.rglob("*"):
             if not path.is_file():
                 continue
             relative = path.relative_to(folder).as_posix()
             content = path.read_bytes()
-            if relative in kept:
+            if keep(relative):
                 kept[relative] = content
             lines.append(f"{hashlib.sha256(content).hexdigest()}  {relative}\n")
     except OSError as error:
         raise ArtifactError(f"Cannot read the artifact: {error}.") from error
     if not lines:
-        raise ArtifactError(f"The artifact folder {folder} is empty; it needs {MODEL_FILE} and {SIGNATURE_FILE}.")
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+        raise ArtifactError(
+            f"The artifact folder {folder} is empty; it needs {SIGNATURE_FILE} and {MODEL_FILE} or {NATIVE_FILE}."
+        )
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest(), kept
 
 
 def _check_signature(signature: Signature) -> None:

@@ -238,7 +238,12 @@ def _binary(data: np.ndarray, datatype: str) -> bytes:
 
 
 def metadata(
-    model: str, version: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], properties: dict[str, str]
+    model: str,
+    version: str,
+    platform: str,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    properties: dict[str, str],
 ) -> bytes:
     """The model metadata answer."""
 
@@ -249,7 +254,7 @@ def metadata(
         {
             "name": model,
             "versions": [version],
-            "platform": "onnxruntime_onnx",
+            "platform": platform,
             "inputs": listed(inputs),
             "outputs": listed(outputs),
             "properties": properties,

@@ -33,7 +33,9 @@ class Pages:
         self._log = log
         self._metrics = metrics
         v2 = f"/v2/models/{model}"
-        metadata = open_inference.metadata(model, version, scorer.inputs, scorer.outputs, _properties(scorer, arm, sha256))
+        metadata = open_inference.metadata(
+            model, version, scorer.platform, scorer.inputs, scorer.outputs, _properties(scorer, arm, sha256)
+        )
         server = orjson.dumps({"name": SERVER_NAME, "version": software, "extensions": EXTENSIONS})
         listed = orjson.dumps({"models": [model]})
         ready = self._ready({"name": model, "ready": True})

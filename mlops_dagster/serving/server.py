@@ -1,7 +1,6 @@
 """One predictor process: `python -m mlops_dagster.serving.server --artifact DIR --sha256 HEX --model NAME --version V --port P …`."""
 
 import argparse
-import ctypes
 import gc
 import itertools
 import os
@@ -18,20 +17,23 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from mlops_dagster.core.errors import ArtifactError, MlopsError, StorageError
+from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, StorageError
 from mlops_dagster.serving.app import OnlineFeatures, Predictor
-from mlops_dagster.serving.artifact import load
-from mlops_dagster.serving.dispatch import BACKLOG, Server
+from mlops_dagster.serving.artifact import Artifact, load
+from mlops_dagster.serving.dispatch import BACKLOG, Handler, Server
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.metrics import Metrics
+from mlops_dagster.serving.mlflow_scoring import MlflowScorer, opened
 from mlops_dagster.serving.pages import Pages
+from mlops_dagster.serving.parentage import die_with_parent
+from mlops_dagster.serving.pooled import LockedIterator, Pooled, one_at_a_time
 from mlops_dagster.serving.scoring import Scorer
 
-EXIT_USAGE, EXIT_ARTIFACT, EXIT_PORT, EXIT_LOG = 2, 3, 4, 5
+EXIT_USAGE, EXIT_ARTIFACT, EXIT_PORT, EXIT_LOG, EXIT_MODEL = 2, 3, 4, 5, 6
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-PR_SET_PDEATHSIG = 1
 SWITCH_INTERVAL_SECONDS = 0.0005
 FEATURE_STORE_THREADS = 4
+MLFLOW_THREADS = 8
 SWEEP_SECONDS, BODY_SECONDS = 1.0, 30.0
 GC_THRESHOLDS = (50_000, 20, 100)  # events wait in lists by the thousand and form no cycles
 
@@ -58,21 +60,30 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--flush-seconds", type=float, default=0.25, help="how often answered rows are stored")
     add("--drain-seconds", type=float, default=0.0, help="after SIGTERM: answer on, but not ready, for so long before closing")
     add("--grace-seconds", type=float, default=20.0, help="after that: how long requests in flight may take")
-    add("--onnx-threads", type=int, default=1, help="threads of ONNX Runtime for one request")
+    add("--onnx-threads", type=int, default=1, help="threads of ONNX Runtime (or of MLflow's server) for one request")
     add("--die-with-parent", action="store_true", help="stop when the process that started this one is gone")
     return parser.parse_args(given)
 
 
 def main(given: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code (0 clean stop, 3 artifact, 4 port, 5 log)."""
+    """Serve until SIGTERM or SIGINT; returns the exit code (0 clean stop, 3 artifact, 4 port, 5 log, 6 MLflow's server ended)."""
     chosen = arguments(given)
     if chosen.die_with_parent:
         die_with_parent(os.getppid())
     try:
         artifact = load(chosen.artifact, chosen.sha256)
-        scorer = Scorer(artifact, chosen.onnx_threads)
+        if artifact.native:  # its start takes seconds, and a stop in between must not leave its files behind
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with opened(artifact, chosen.onnx_threads) as scorer:
+            return _answer(chosen, artifact, scorer)
     except ArtifactError as error:
         return _fail(EXIT_ARTIFACT, error)
+    except ServingError as error:
+        return _fail(EXIT_MODEL, error)
+
+
+def _answer(chosen: argparse.Namespace, artifact: Artifact, scorer: Scorer) -> int:
+    """All around the scorer, and then `serve`."""
     try:
         bound = bind(chosen.host, chosen.port)
     except OSError as error:
@@ -98,14 +109,23 @@ def main(given: list[str] | None = None) -> int:
     except MlopsError as error:
         return _fail(EXIT_USAGE, error)
     pages = Pages(scorer, chosen.model, chosen.version, chosen.arm, artifact.sha256, _software(), log, metrics)
-    predictor = Predictor(scorer, pages, log, metrics, request_ids(), chosen.maximum_body_bytes, online, pool)
-    return serve(bound, predictor, pages, log, chosen.drain_seconds, chosen.grace_seconds)
+    ids: Iterator[str] = request_ids()
+    if isinstance(scorer, MlflowScorer):
+        ids, log.append = LockedIterator(ids), one_at_a_time(log.append)
+    predictor = Predictor(scorer, pages, log, metrics, ids, chosen.maximum_body_bytes, online, pool)
+    return serve(bound, predictor, scorer, pages, log, chosen.drain_seconds, chosen.grace_seconds)
 
 
 def serve(
-    bound: socket.socket, predictor: Predictor, pages: Pages, log: InferenceLog, drain_seconds: float, grace_seconds: float
+    bound: socket.socket,
+    predictor: Predictor,
+    scorer: Scorer,
+    pages: Pages,
+    log: InferenceLog,
+    drain_seconds: float,
+    grace_seconds: float,
 ) -> int:
-    """Answer requests until SIGTERM or SIGINT, then drain, store the log and return 0."""
+    """Answer requests until SIGTERM or SIGINT (then drain and return 0), or until MLflow's server has ended; store the log."""
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
@@ -114,7 +134,8 @@ def serve(
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
     host, port = bound.getsockname()[:2]
-    server = Server(bound, predictor)
+    lost = _watch(scorer, asked)
+    server = Server(bound, _handler(predictor, scorer))
     log.start()
     server.start()
     print(
@@ -124,13 +145,33 @@ def serve(
     while not asked.wait(SWEEP_SECONDS):
         predictor.give_up_bodies(BODY_SECONDS)
     pages.draining = True
-    time.sleep(drain_seconds)
+    time.sleep(0 if lost.is_set() else drain_seconds)
     server.stop()
     in_time = server.wait(grace_seconds)
     status = log.close()
     left = "" if in_time else f", connections still open after {grace_seconds:g} s were cut"
     print(f"mlops predictor: stopped; {status.written} rows logged, {status.waiting + status.dropped} not{left}", flush=True)
-    return 0
+    return _fail(EXIT_MODEL, "MLflow's server ended by itself, so this process ends too") if lost.is_set() else 0
+
+
+def _handler(predictor: Predictor, scorer: Scorer) -> Handler:
+    """MLflow's server is waited for in threads of their own: it may take long, and health checks must not wait for it."""
+    if not isinstance(scorer, MlflowScorer):
+        return predictor
+    return Pooled(predictor, ThreadPoolExecutor(MLFLOW_THREADS, "mlflow"))
+
+
+def _watch(scorer: Scorer, asked: threading.Event) -> threading.Event:
+    """An event that is set, with `asked`, when MLflow's server ends by itself."""
+    lost = threading.Event()
+
+    def ended() -> None:
+        lost.set()
+        asked.set()
+
+    if isinstance(scorer, MlflowScorer):
+        scorer.server.when_ended(ended)
+    return lost
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -148,13 +189,6 @@ def request_ids() -> Iterator[str]:
     """Ids that no other process gives: a random prefix of this process, and a count."""
     prefix = secrets.token_hex(8)
     return (f"{prefix}-{number:x}" for number in itertools.count(1))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have Linux send SIGTERM to this process when its parent thread ends (prctl(2), PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent or parent == 1:
-        sys.exit("mlops predictor: the process that started this one is gone")
 
 
 def _online(chosen: argparse.Namespace) -> tuple[OnlineFeatures | None, ThreadPoolExecutor | None]:

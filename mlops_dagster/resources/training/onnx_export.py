@@ -54,16 +54,26 @@ def export(estimator: Any, signature: Signature, custom: Callable[[Any, Signatur
 
 def max_difference(onnx_bytes: bytes, estimator: Any, features: "pandas.DataFrame", tolerance: float = 1e-4) -> Difference:
     """Answer every row of `features` (input columns in signature order) with both and compare."""
+    answers = run(onnx_bytes, features)
+    task = "regression" if len(answers) == 1 else "classification"
+    return difference(task, answers[0], answers[1] if len(answers) > 1 else None, estimator, features, tolerance)
+
+
+def difference(
+    task: str, prediction: Any, probabilities: Any, estimator: Any, features: "pandas.DataFrame", tolerance: float = 1e-4
+) -> Difference:
+    """How far answers (`prediction` [rows], `probabilities` [rows, classes] or None) are from the estimator's to the same rows."""
     import numpy
 
-    answers = run(onnx_bytes, features)
-    if len(answers) == 1:
-        native = numpy.asarray(estimator.predict(features), dtype="float64").reshape(-1)
-        away = numpy.abs(answers[0].reshape(-1) - native) / numpy.maximum(1.0, numpy.abs(native))
-        labels = 0
+    native = numpy.asarray(estimator.predict(features)).reshape(-1)
+    away, labels = numpy.zeros(len(features)), 0
+    if task == "regression":
+        value = native.astype("float64")
+        away = numpy.abs(numpy.asarray(prediction).reshape(-1) - value) / numpy.maximum(1.0, numpy.abs(value))
     else:
-        away = numpy.abs(answers[1] - estimator.predict_proba(features)).max(axis=1, initial=0.0)
-        labels = int((answers[0] != estimator.predict(features)).sum())
+        labels = int((prediction != native).sum())
+    if probabilities is not None:
+        away = numpy.abs(probabilities - estimator.predict_proba(features)).max(axis=1, initial=0.0)
     # Written so that a NaN on one side counts as beyond.
     return Difference(len(features), float(away.max(initial=0.0)), int((~(away <= tolerance)).sum()), labels)
 
@@ -88,6 +98,7 @@ def _converted(estimator: Any, signature: Signature) -> Any:
     if hasattr(estimator, "predict_proba") != (signature.task == "classification"):
         raise DeclarationError(
             f"task: {signature.task} does not fit {type(estimator).__name__}; correct the task or the estimator"
+            + ("; a classifier without predict_proba needs training.format mlflow" if signature.task == "classification" else "")
         )
     _register_converters()
     names = [feature.name for feature in signature.features]
@@ -109,7 +120,8 @@ def _convert(estimator: Any, inputs: list[tuple[str, Any]]) -> Any:
         return convert_sklearn(estimator, "model", initial_types=inputs, options=options, target_opset=OPSET)
     except Exception as error:
         raise DeclarationError(
-            f"training.export: {type(estimator).__name__} cannot be converted to ONNX ({error}); declare a function of your own in training.export"
+            f"training.export: {type(estimator).__name__} cannot be converted to ONNX ({error}); "
+            "declare a function of your own in training.export, or set training.format to mlflow (MLflow's own server answers, slower)"
         ) from error
 
 
