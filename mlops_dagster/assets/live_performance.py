@@ -2,7 +2,7 @@
 
 import datetime as dt
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 import pyarrow as pa
@@ -15,6 +15,9 @@ from mlops_dagster.assets.stage import check_result, days, stage
 from mlops_dagster.core.metrics import METRICS, PRIMARY
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.data_lake import Lake
+
+if TYPE_CHECKING:
+    import polars as pl
 
 STAGE = "live_performance"
 CHECKS = {
@@ -57,16 +60,23 @@ def labelled_rows(spec: ModelSpec, lake: Lake, day: dt.date) -> pa.Table:
 
     log = pl.DataFrame(lake.read(day_key(spec, "inference_log", day))).filter(~pl.col("shadow"))
     log = log.sort("logged_at").unique("row_id", keep="last", maintain_order=True).select(COLUMNS)
+    return with_labels(spec, lake, day, log).to_arrow()
+
+
+def with_labels(spec: ModelSpec, lake: Lake, day: dt.date, answers: "pl.DataFrame") -> "pl.DataFrame":
+    """The answers logged for a day with the column `label` (float), null where it has not landed."""
+    import polars as pl
+
     main = tables(lake, spec)[0]
     # A row is filed under its own day, its request under that of its moment of prediction: neighbours may differ by one.
     around = set(day_range(day - dt.timedelta(days=1), day + dt.timedelta(days=1)))
     near = [day_key(spec, "validated_data", d, main) for d in stored_days(lake, spec, "validated_data", main) if d in around]
     if not near:
-        return log.with_columns(label=pl.lit(None, pl.Float64)).to_arrow()
+        return answers.with_columns(label=pl.lit(None, pl.Float64))
     labels = pl.DataFrame(lake.read(near, ["id", spec.label.column])).select(
         row_id=pl.col("id").cast(pl.String), label=pl.col(spec.label.column).cast(pl.Float64)
     )
-    return log.join(labels.unique("row_id", keep="last"), on="row_id", how="left", maintain_order="left").to_arrow()
+    return answers.join(labels.unique("row_id", keep="last"), on="row_id", how="left", maintain_order="left")
 
 
 def summarize(spec: ModelSpec, lake: Lake, day: dt.date, held_out: dict[str, Any], now: dt.datetime) -> dict[str, Any]:

@@ -19,6 +19,7 @@ REFERENCES = (
     ("training", "train"),
     ("training", "baseline"),
     ("training", "export"),
+    ("rollout", "ab_metric"),
 )
 
 
@@ -34,7 +35,7 @@ def declared(spec: ModelSpec) -> Iterator[tuple[str, str]]:
     """Every reference of a declaration as (field, absolute dotted path)."""
     for section, field in REFERENCES:
         reference = getattr(getattr(spec, section), field)
-        if reference is not None:
+        if reference is not None and "." in reference:  # without a dot it is one of the platform's own names
             yield f"{section}.{'schema' if field == 'row_schema' else field}", spec.absolute(reference)
 
 

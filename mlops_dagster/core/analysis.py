@@ -159,6 +159,7 @@ def _look(step: Step, tests: int, since: datetime, measurements: Measurements, p
         Arm.of(step.candidate, measurements),
         Arm.of(step.compare_with, measurements) if step.compare_with else None,
         tests,
+        (measurements.ticks[-1].at - since).total_seconds(),
     )
 
 

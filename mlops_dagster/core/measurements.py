@@ -24,8 +24,9 @@ class Counters:
     `errors` are answers that are the server's fault (5xx, time-outs, resets), not a caller's (4xx). `latency` has one count per
     bucket of `Measurements.bounds_ms` and a last one for what is slower (not cumulative). `compared`, `disagreed` and `shifted`
     are mirrored requests joined with the champion's answer, `labelled` and `wrong` predictions whose label has landed, `trials`
-    and `successes` the pre-declared metric of an A/B test, `units` the different sticky keys seen. Raises DataError naming the
-    field when a count is negative or exceeds what it is counted among.
+    and `successes` the pre-declared metric of an A/B test, `units` the different sticky keys seen and `misassigned` those among
+    them that `routes.assign` sends to another arm. Raises DataError naming the field when a count is negative or exceeds what it
+    is counted among.
     """
 
     requests: int = 0
@@ -39,6 +40,7 @@ class Counters:
     trials: int = 0
     successes: int = 0
     units: int = 0
+    misassigned: int = 0
 
     def __post_init__(self) -> None:
         for name in _NAMES:
@@ -52,16 +54,14 @@ class Counters:
                 raise DataError(f"counters.{part} is {getattr(self, part)}, more than {whole} {getattr(self, whole)}.")
 
     def since(self, before: "Counters") -> "Counters":
-        """What was counted after `before`; a counter that went down began anew, so all of it is new."""
-        if any(getattr(self, name) < getattr(before, name) for name in _NAMES):
-            return self
-        counts = {name: getattr(self, name) - getattr(before, name) for name in _NAMES}
-        if any(counts[part] > counts[whole] for part, whole in _PARTS):
-            return self
-        if len(before.latency) != len(self.latency):
-            return replace(self, **counts)
-        latency = tuple(now - then for now, then in zip(self.latency, before.latency, strict=True))
-        return self if any(count < 0 for count in latency) else Counters(latency=latency, **counts)
+        """What was counted after `before`; counters that went down began anew, with those that come from the same source."""
+        counts: dict[str, Any] = {}
+        for names in _SOURCES:
+            counts |= _grown(self, before, names)
+        latency = self.latency
+        if len(before.latency) == len(latency) and all(then <= now for now, then in zip(latency, before.latency, strict=True)):
+            latency = tuple(now - then for now, then in zip(latency, before.latency, strict=True))
+        return Counters(latency=latency, **counts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON without the zeros; `from_json` is its inverse."""
@@ -81,7 +81,21 @@ _PARTS = (
     ("shifted", "compared"),
     ("wrong", "labelled"),
     ("successes", "trials"),
+    ("misassigned", "units"),
 )
+_SOURCES = (
+    ("requests", "errors"),
+    ("compared", "disagreed", "shifted"),
+    ("labelled", "wrong"),
+    ("trials", "successes"),
+    ("units", "misassigned"),
+)
+
+
+def _grown(now: Counters, before: Counters, names: tuple[str, ...]) -> dict[str, int]:
+    counts = {name: getattr(now, name) - getattr(before, name) for name in names}
+    whole = counts[names[0]]
+    return counts if all(0 <= count <= whole for count in counts.values()) else {name: getattr(now, name) for name in names}
 
 
 @dataclass(frozen=True)

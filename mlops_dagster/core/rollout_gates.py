@@ -20,6 +20,7 @@ from mlops_dagster.core.strategies import RolloutPolicy, Step
 
 SLOW_SHARE = 0.05  # latencies are compared by how many are above the champion's quantile of 1 - SLOW_SHARE
 P99_SHARE = 0.01  # "the 99th percentile is at most L" is "at most this share is above L"
+MISASSIGNED_SHARE = 0.01  # of the sticky keys; beyond it the arms of an A/B test are not what they should be
 QUANTILE_REQUESTS = 200  # answers of the champion from which on its quantile is known well enough; it is then fixed
 
 
@@ -77,6 +78,7 @@ class Look:
     candidate: Arm
     control: Arm | None
     tests: int
+    seconds: float = 0.0  # from the step's begin until the last tick
 
     @property
     def fail_at(self) -> float:
@@ -172,9 +174,16 @@ def sample_ratio(look: Look) -> Finding:
     control = _control(look)
     counts = [int(arm.columns["units"][look.first :].sum()) for arm in (control, look.candidate)]
     percents = [look.step.routes.percent(arm.name) for arm in (control, look.candidate)]
-    evidence = {"units": {control.name: counts[0], look.candidate.name: counts[1]}, "percent": percents}
+    strayed = sum(int(arm.columns["misassigned"][look.first :].sum()) for arm in (control, look.candidate))
+    evidence: dict[str, Any] = {"units": {control.name: counts[0], look.candidate.name: counts[1]}, "percent": percents}
+    evidence["misassigned"] = strayed
     if not any(counts):
-        return Finding(Outcome.ERROR, "no sticky keys were counted: the sample ratio cannot be checked", evidence)
+        # Keys are counted some seconds after the requests that brought them.
+        wait = look.seconds < look.policy.max_metric_age_seconds
+        outcome = Outcome.INCONCLUSIVE if wait else Outcome.ERROR
+        return Finding(outcome, "no sticky keys were counted: the sample ratio cannot be checked", evidence)
+    if strayed > MISASSIGNED_SHARE * sum(counts):
+        return Finding(Outcome.ERROR, f"{strayed} of {sum(counts)} sticky keys reached an arm that is not theirs", evidence)
     found = sequential.evidence_of_mismatch((counts[0], counts[1]), percents[1] / sum(percents))
     evidence["ln_e"] = found
     if found >= sequential.threshold(look.policy.sample_ratio_alpha):
@@ -195,7 +204,19 @@ GATES: dict[str, Callable[[Look], Finding]] = {
 }
 
 _NOTHING = Counters()
-_COLUMNS = ("requests", "errors", "compared", "disagreed", "shifted", "labelled", "wrong", "trials", "successes", "units")
+_COLUMNS = (
+    "requests",
+    "errors",
+    "compared",
+    "disagreed",
+    "shifted",
+    "labelled",
+    "wrong",
+    "trials",
+    "successes",
+    "units",
+    "misassigned",
+)
 _PICK = attrgetter(*_COLUMNS)
 
 

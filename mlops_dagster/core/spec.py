@@ -4,11 +4,13 @@ import datetime as dt
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo, available_timezones
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mlops_dagster.core.errors import DeclarationError
 from mlops_dagster.core.metrics import METRICS, PRIMARY, Task, names_for
+from mlops_dagster.core.rollout_section import Rollout
 from mlops_dagster.core.search_space import parse_search_space
+from mlops_dagster.core.section import Section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Reference = Annotated[
@@ -18,12 +20,6 @@ Reference = Annotated[
         description="Dotted path of a Python object: `.module.name` inside the model's folder, or absolute.",
     ),
 ]
-
-
-class Section(BaseModel):
-    """A part of the declaration: immutable, and a misspelt field is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Partitions(Section):
@@ -69,6 +65,9 @@ class Source(Section):
         description="Column of the main table -> timestamp column from which on it is known; the leakage check masks by it.",
     )
     max_rejected_share: Share = Field(default=0.05, description="Largest share of a day's rows that the schema may reject.")
+    recheck_days: int = Field(
+        default=2, ge=0, le=60, description="The newest stored days that are read again, once a day, for late rows; 0: never."
+    )
 
 
 class Features(Section):
@@ -79,6 +78,25 @@ class Features(Section):
     engine: Literal["duckdb", "spark", "ray"] = Field(default="duckdb", description="What runs the SQL.")
     lookback_days: int = Field(default=14, ge=0, le=3660, description="Days before a partition's day that the SQL may read.")
     max_null_share: Share = Field(default=0.5, description="Largest share of missing values in a stored feature.")
+    max_online_age_hours: float | None = Field(
+        default=None, gt=0, description="Greatest age of a view's newest online value; default: a day and a quarter."
+    )
+
+
+class Expectations(Section):
+    """What a day's features are expected to be like, learned from what the deployed version was trained on."""
+
+    enabled: bool = Field(default=True, description="Whether the check `learned_expectations` judges.")
+    range_slack: float = Field(
+        default=0.1, ge=0, description="How far beyond the reference's range a number may lie, as a share of the range's width."
+    )
+    max_outside_share: Share = Field(
+        default=0.01, description="Largest share of rows outside the ranges or with unknown categories."
+    )
+    missing_slack: Share = Field(
+        default=0.05, description="How much greater than the reference's the share of missing values may be."
+    )
+    exclude: list[str] = Field(default_factory=list, description="Features of which nothing is expected.")
 
 
 class Label(Section):
@@ -99,6 +117,10 @@ class Training(Section):
     export: Reference | None = Field(
         default=None, description="`to_onnx(estimator, signature) -> ModelProto`; default: skl2onnx."
     )
+    format: Literal["onnx", "mlflow"] = Field(
+        default="onnx",
+        description="What is served: ONNX, or for what cannot become ONNX the pickled estimator, behind MLflow's own server (slower).",
+    )
     engine: Literal["local", "ray"] = Field(default="local", description="Where `train` runs.")
     window_days: int = Field(default=60, ge=1, description="Days of rows that a training set covers, the test days included.")
     test_days: int = Field(default=14, ge=1, description="The last days of the window, held out for the evaluation.")
@@ -108,6 +130,12 @@ class Training(Section):
     def _room_for_training(self) -> "Training":
         if self.test_days >= self.window_days:
             raise ValueError(f"training.test_days {self.test_days} leaves nothing of window_days {self.window_days}; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _one_format(self) -> "Training":
+        if self.export is not None and self.format != "onnx":
+            raise ValueError(f"training.export makes ONNX, but training.format is {self.format!r}; leave one of them out")
         return self
 
 
@@ -175,41 +203,6 @@ class Gate(Section):
         return self.maximum
 
 
-class Rollout(Section):
-    """How an approved version replaces the one that serves."""
-
-    strategy: Literal["blue_green", "canary", "shadow", "ab_test"] = Field(default="canary", description="Deployment strategy.")
-    steps_percent: list[Annotated[float, Field(gt=0, le=100)]] = Field(default=[5, 25, 50], description="Canary weights, rising.")
-    pauses: list[Annotated[float, Field(gt=0, le=100)]] = Field(
-        default_factory=list, description="The canary weights after which a person must resume."
-    )
-    baseline_arm: bool = Field(
-        default=False, description="Compare the canary with a fresh server of the champion of equal weight."
-    )
-    step_seconds: float = Field(default=60, gt=0, description="Least time on a step.")
-    watch_seconds: float = Field(
-        default=300, gt=0, description="How long the new version is watched with all traffic before it is champion."
-    )
-    keep_warm_seconds: float = Field(default=3600, ge=0, description="How long the old version runs on for an instant way back.")
-    minimum_requests: int = Field(default=500, ge=1, description="Least requests an arm must answer before it is judged.")
-    alpha: float = Field(
-        default=0.01, gt=0, lt=1, description="Chance that a version as good as the champion is ever rolled back."
-    )
-    max_error_rate: Share = Field(default=0.05, description="Largest share of failed requests.")
-    shadow_seconds: float = Field(default=3600, gt=0, description="How long a shadow answers copies.")
-    shadow_ends: Literal["hold", "promote"] = Field(default="hold", description="What a shadow that passed waits for.")
-    ab_percent: float = Field(default=50, gt=0, lt=100, description="Share of the new version in an A/B test.")
-    ab_minimum_effect: float = Field(default=0.01, gt=0, description="Least gain that is worth a change.")
-    ab_maximum_seconds: float = Field(default=14 * 86_400, gt=0, description="Longest A/B test; then the champion stays.")
-
-    @field_validator("steps_percent")
-    @classmethod
-    def _rising(cls, value: list[float]) -> list[float]:
-        if not value or value != sorted(set(value)):
-            raise ValueError(f"rollout.steps_percent {value} must rise from step to step, such as [5, 25, 50]")
-        return value
-
-
 class Monitoring(Section):
     """The limits that a deployed version is watched by."""
 
@@ -257,6 +250,7 @@ class ModelDeclaration(Section):
     owners: list[str] = Field(default_factory=list, description="E-mail addresses or `team:name`.")
     source: Source
     features: Features
+    expectations: Expectations = Expectations()
     label: Label
     training: Training
     tuning: Tuning = Tuning()

@@ -15,6 +15,7 @@ from mlops_dagster.core.routes import BASELINE, Match, Mirror, Routes, Sticky, t
 
 LIMITS = ("error_limit", "latency_limit")
 COMPARISONS = ("errors", "latency")
+AB_METRICS = ("accuracy", "answered", "score")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,9 @@ class RolloutPolicy:
 
     # A/B
     ab_percent: float = 50.0
-    ab_metric: str = "success"  # what one trial counts, declared before the first one; only its name goes into the record
+    # What counts as a success, declared before the first trial. One trial is one sticky key: the first row of its first request.
+    ab_metric: str = "accuracy"  # `accuracy`, `answered`, `score`, or a function of the model's own by its dotted path
+    ab_score_threshold: float = 0.5  # the metric `score` counts scores of at least this
     ab_minimum_effect: float = 0.01  # least gain in the share of successes that is worth a change
     ab_maximum_seconds: float = 14 * 86_400.0
     sticky_by: Literal["header", "cookie"] = "header"
@@ -101,7 +104,12 @@ class RolloutPolicy:
             raise DeclarationError(f"rollout.shadow_ends is {self.shadow_ends!r}: use 'hold' (for a human) or 'promote'.")
         if not 0 < self.ab_percent < 100:
             raise DeclarationError(f"rollout.ab_percent is {self.ab_percent:g}: both arms need requests, so use 0.1 to 99.9.")
+        if self.ab_metric not in AB_METRICS and "." not in self.ab_metric:
+            raise DeclarationError(
+                f"rollout.ab_metric is {self.ab_metric!r}: use {', '.join(AB_METRICS)}, or the dotted path of a function."
+            )
         Sticky(self.sticky_by, self.sticky_name, self.sticky_salt)
+        Match(self.preview_header, "version", "version")
 
 
 @dataclass(frozen=True)

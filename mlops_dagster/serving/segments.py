@@ -13,6 +13,7 @@ from zoneinfo import ZoneInfo
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlops_dagster.core.errors import StorageError
@@ -140,6 +141,38 @@ def read_segments(root: Path | str, model: str, day: dt.date | str) -> pa.Table:
                 f"Cannot read a segment in {folder}: {error}. Move the broken file away and read again."
             ) from error
     raise StorageError(f"The segments in {folder} changed at each of {READ_ATTEMPTS} attempts to read them; try again.")
+
+
+def read_logged(root: Path | str, model: str, after: dt.datetime, until: dt.datetime, columns: Sequence[str]) -> pa.Table:
+    """The rows logged after `after` and not after `until` (both with a zone), each once, in the order of logging.
+
+    Only segments that can hold such rows are opened; a row is there from 0.25 s after its answer on, or later where the disk was
+    busy. Raises StorageError when a segment cannot be read.
+    """
+    first, last = (pa.scalar(round(moment.timestamp() * 1e6), TIME) for moment in (after, until))
+    wanted = (pc.field("logged_at") > first) & (pc.field("logged_at") <= last)
+    needed = list(dict.fromkeys([*columns, *ROW_KEY, "logged_at"]))
+    folder = Path(root) / model
+    for _ in range(READ_ATTEMPTS):
+        try:
+            return _once(
+                [
+                    pq.read_table(path, columns=needed, filters=wanted, partitioning=None)  # type: ignore[arg-type]
+                    for path in _written_since(folder, after)
+                ]
+            )
+        except FileNotFoundError:
+            continue  # merged into a larger segment since it was listed
+        except pa.ArrowException as error:
+            raise StorageError(f"Cannot read a segment of {model}: {error}. Move the broken file away and read again.") from error
+    raise StorageError(f"The segments of {model} changed at each of {READ_ATTEMPTS} attempts to read them; try again.")
+
+
+def _written_since(folder: Path, moment: dt.datetime) -> list[Path]:
+    """Segments of any day (a row lies under the day of its event) that were written after `moment`; a second for coarse clocks."""
+    limit = moment.timestamp() - 1
+    folders = [day for day in folder.glob("day=*") if day.stat().st_mtime >= limit]
+    return sorted(p for day in folders for p in day.glob("[!.]*.parquet") if p.stat().st_mtime >= limit)
 
 
 def _read(path: Path) -> pa.Table:

@@ -19,7 +19,7 @@ def test_counters_of_a_server_that_began_anew() -> None:
     measurements = measurements.observe(T0 + 2 * TICK, {"1": Counters(requests=30, errors=1)})
     assert [tick.arms["1"].requests for tick in measurements.ticks] == [50, 30]
     assert measurements.ticks[1].arms["1"].errors == 1
-    assert Counters(requests=200, units=3).since(Counters(requests=100, units=10)) == Counters(requests=200, units=3)
+    assert Counters(requests=200, units=3).since(Counters(requests=100, units=10)) == Counters(requests=100, units=3)
     assert Counters(latency=(9, 1)).since(Counters(latency=(5, 2))) == Counters(latency=(9, 1))
 
 

@@ -1,5 +1,6 @@
 """The declaration: defaults, and a clear word about every wrong field."""
 
+import dataclasses
 import datetime as dt
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from mlops_dagster.core import spec as spec_module
+from mlops_dagster.core.rollout_section import DERIVED_FIELDS, Rollout
 from mlops_dagster.core.spec import ModelDeclaration, ModelSpec, Partitions, Section
+from mlops_dagster.core.strategies import RolloutPolicy
 
 MINIMAL = {
     "source": {"read": ".source.read_day", "schema": ".source.Rows", "partitions": {"start": "2013-01-01"}},
@@ -76,6 +79,37 @@ def test_an_unknown_time_zone_and_days_in_the_wrong_order():
         Partitions(start=dt.date(2013, 1, 1), timezone="New York")
     with pytest.raises(ValidationError, match="swap"):
         Partitions(start=dt.date(2013, 1, 2), end=dt.date(2013, 1, 1))
+
+
+def test_a_rollout_declares_what_its_policy_knows_with_the_same_defaults():
+    policy = RolloutPolicy()
+    declared = {name: getattr(policy, name) for name in Rollout.model_fields}
+    assert {field.name for field in dataclasses.fields(RolloutPolicy)} == declared.keys() | set(DERIVED_FIELDS)
+    assert Rollout().policy() == policy
+    changed = {name: _other(value) for name, value in declared.items() if isinstance(value, int | float)}
+    changed["preview_mirror_percent"] = 0.5
+    assert {n: getattr(Rollout(**changed).policy(), n) for n in changed} == changed
+
+
+def _other(value):
+    return not value if isinstance(value, bool) else value + 1 if isinstance(value, int) else value / 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("ab_metric", "clicks", "rollout.ab_metric is 'clicks': use accuracy, answered, score"),
+        ("sticky_name", "no spaces here", "sticky.name"),
+        ("pauses", [7], "rollout.pauses names 7"),
+        ("mirror_percent", 12.34, "rollout.mirror_percent is 12.34: percents go in steps of 0.1"),
+        ("max_restarts", 0, "greater than or equal to 1"),
+        ("max_disagreement", 1, "less than 1"),
+        ("preview_header", "a b", "match.header"),
+    ],
+)
+def test_a_wrong_rollout_is_an_error_of_the_declaration(field, value, words):
+    with pytest.raises(ValidationError, match=words):
+        Rollout(**{field: value})
 
 
 def test_every_field_is_documented():

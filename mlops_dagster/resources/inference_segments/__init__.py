@@ -1,6 +1,7 @@
 """What the model servers logged, read back a day at a time."""
 
 import datetime as dt
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +19,10 @@ class InferenceSegments(Protocol):
         """The rows of a day, each once, in the columns of the inference log; an empty table where there are none."""
         ...
 
+    def read_logged(self, model: str, after: dt.datetime, until: dt.datetime, columns: Sequence[str]) -> "pa.Table":
+        """At least these columns of the rows logged after `after` and not after `until`, each once, whatever day they stand for."""
+        ...
+
 
 class FolderSegments(ConfigurableResource):
     """Parquet segments in a folder that the predictors write to."""
@@ -29,3 +34,9 @@ class FolderSegments(ConfigurableResource):
         from mlops_dagster.serving.segments import read_segments
 
         return read_segments(Path(self.root), model, day)
+
+    def read_logged(self, model: str, after: dt.datetime, until: dt.datetime, columns: Sequence[str]) -> "pa.Table":
+        """See InferenceSegments.read_logged."""
+        from mlops_dagster.serving.segments import read_logged
+
+        return read_logged(self.root, model, after, until, columns)

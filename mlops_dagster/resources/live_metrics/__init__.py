@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mlops_dagster.core.measurements import Counters
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["LiveMetrics", "Reading"]
 
@@ -31,4 +34,12 @@ class LiveMetrics(Protocol):
 
     def measure(self, model: str, since: datetime) -> Reading:
         """What was counted from the first sample at or after `since` until the last one; raises as `totals` does."""
+        ...
+
+    def assigned(self, model: str, after: datetime, until: datetime) -> "pa.Table":
+        """The requests whose sticky key chose their arm, in order, that began after `after` and not after `until`.
+
+        Columns: `at` (seconds since 1970), `request_id`, `key`, `arm` (as routed, whoever answered), `status` (0: the caller
+        left). A request is there from two seconds after its answer on. Raises StorageError when the log cannot be read.
+        """
         ...

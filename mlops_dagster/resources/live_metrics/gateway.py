@@ -1,7 +1,7 @@
 """Live metrics of the embedded profile: what the serving host sampled from Envoy, once a second."""
 
 from datetime import datetime
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dagster import ConfigurableResource
 from pydantic import Field
@@ -10,6 +10,10 @@ from mlops_dagster.core.errors import ServingError
 from mlops_dagster.core.measurements import Counters
 from mlops_dagster.resources.live_metrics import Reading
 from mlops_dagster.resources.live_metrics.samples import Samples, difference
+from mlops_dagster.resources.serving.state import Folder
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class GatewayMetrics(ConfigurableResource):
@@ -30,6 +34,12 @@ class GatewayMetrics(ConfigurableResource):
         start = min(at for at, _ in first.values())
         return Reading(max(at for at, _ in latest.values()), difference(latest, first), start)
 
+    def assigned(self, model: str, after: datetime, until: datetime) -> "pa.Table":
+        """See LiveMetrics.assigned: from Envoy's unit log, which goes back for 64 to 128 MiB."""
+        from mlops_dagster.resources.live_metrics.units import read_units
+
+        return read_units(Folder(self.root).unit_log, model, after, until)
+
     def _latest(self, model: str) -> dict[str, tuple[datetime, Counters]]:
         latest = self._samples().latest(model)
         if not latest:
@@ -37,4 +47,4 @@ class GatewayMetrics(ConfigurableResource):
         return latest
 
     def _samples(self) -> Samples:
-        return Samples(Path(self.root) / "samples.db")
+        return Samples(Folder(self.root).samples)

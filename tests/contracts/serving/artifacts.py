@@ -11,11 +11,17 @@ from mlops_dagster.resources.serving import Arm
 from mlops_dagster.serving.artifact import Feature, Signature, digest, write_signature
 
 
-def make_artifact(folder: Path, answer: int = 1, extra: dict[str, str] | None = None) -> str:
-    """Write a classifier that always answers `answer` (0 or 1) and return its digest; `extra` are further files, name to text."""
+def make_artifact(
+    folder: Path, answer: int = 1, extra: dict[str, str] | None = None, slope: float = 0.0, bias: float | None = None
+) -> str:
+    """Write a classifier that always answers `answer` (0 or 1) and return its digest; `extra` are further files, name to text.
+
+    With `bias` its score is the logistic function of `slope` times the first feature plus `bias` instead.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weight = numpy_helper.from_array(np.zeros((2, 1), np.float32), "weight")
-    bias = numpy_helper.from_array(np.array([4.0 if answer else -4.0], np.float32), "bias")
+    weight = numpy_helper.from_array(np.array([[slope], [0.0]], np.float32), "weight")
+    offset = (4.0 if answer else -4.0) if bias is None else bias
+    constant = numpy_helper.from_array(np.array([offset], np.float32), "bias")
     one = numpy_helper.from_array(np.array(1.0, np.float32), "one")
     nodes = [
         helper.make_node("Gemm", ["features", "weight", "bias"], ["raw"]),
@@ -32,7 +38,7 @@ def make_artifact(folder: Path, answer: int = 1, extra: dict[str, str] | None = 
             helper.make_tensor_value_info("label", TensorProto.INT64, [None]),
             helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [None, 2]),
         ],
-        [weight, bias, one],
+        [weight, constant, one],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
