@@ -15,7 +15,7 @@ from mlops_dagster.assets.lake_paths import day_key, stored_days
 from mlops_dagster.assets.references import load_callable
 from mlops_dagster.core.errors import ServingError
 from mlops_dagster.core.spec import ModelSpec
-from mlops_dagster.requests import Client
+from mlops_dagster.requests import client_of
 
 CONNECTIONS = 3
 LOG_SECONDS = 20.0
@@ -52,7 +52,7 @@ class Replay:
 
     def _send(self, row: dict[str, Any]) -> int:
         if not hasattr(self._local, "client"):
-            self._local.client = Client(self.resources["serving"].endpoint(self.spec.name))
+            self._local.client = client_of(self.resources["serving"], self.spec.name)
         self._local.client.predict(self.spec.name, [row], {"x-request-id": str(row["id"])})
         return 1
 

@@ -10,9 +10,10 @@ from mlops_dagster.core.errors import DataError, ServingError
 
 
 class Client:
-    """One kept connection to a gateway; not for use by several threads at once."""
+    """One kept connection to a gateway; not for use by several threads at once. `key` is an API key, for models that ask for one."""
 
-    def __init__(self, endpoint: str, timeout_seconds: float = 30.0) -> None:
+    def __init__(self, endpoint: str, timeout_seconds: float = 30.0, key: str = "") -> None:
+        self._own = {"content-type": "application/json"} | ({"x-api-key": key} if key else {})
         address = urlsplit(endpoint)
         self._connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=timeout_seconds)
         self._prefix = address.path.rstrip("/")
@@ -22,7 +23,7 @@ class Client:
         body = json.dumps({"instances": instances}, default=_json).encode()
         try:
             path = f"{self._prefix}/v1/models/{model}:predict"
-            self._connection.request("POST", path, body, {"content-type": "application/json", **(headers or {})})
+            self._connection.request("POST", path, body, {**self._own, **(headers or {})})
             response = self._connection.getresponse()
             text = response.read().decode()
         except (OSError, http.client.HTTPException) as error:
@@ -36,9 +37,10 @@ class Client:
         raise kind(f"{model} answered {response.status}: {text[:500]}")
 
 
-def ask(endpoint: str, model: str, instances: list[Any]) -> dict[str, Any]:
-    """One prediction request; see Client.predict."""
-    return Client(endpoint).predict(model, instances)
+def client_of(serving: Any, model: str) -> Client:
+    """The platform's own client of a serving backend, with its key where the backend has one (see `resources.serving.client_keys`)."""
+    own_key = getattr(serving, "own_key", None)
+    return Client(serving.endpoint(model), key=own_key() if own_key else "")
 
 
 def _json(value: Any) -> str:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 
 from mlops_dagster.core.errors import MlopsError
 from mlops_dagster.core.spec import ModelSpec
-from mlops_dagster.requests import Client
+from mlops_dagster.requests import client_of
 
 if TYPE_CHECKING:
     from mlops_dagster.assets.rollout import Parts
@@ -27,7 +27,7 @@ def failures(parts: "Parts", spec: ModelSpec, version: str, requests: int = 1) -
     ).slice(0, ROWS)
     features = sample.drop_columns([c for c in ("prediction", "score") if c in sample.column_names]).to_pylist()
     expected = sample["prediction"].to_pylist()
-    client = Client(parts.serving.endpoint(spec.name))
+    client = client_of(parts.serving, spec.name)
     for number in range(requests):
         headers = {"x-mlops-version": version, "x-request-id": f"{REQUEST_ID_PREFIX}{spec.name}-{version}-{number}"}
         try:

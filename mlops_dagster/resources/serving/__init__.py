@@ -88,10 +88,16 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class ArmState:
-    """The phase of one arm and, unless it is ready, why (for a failed one with its last log lines)."""
+    """The phase of one arm and, unless it is ready, why (for a failed one with its last log lines).
+
+    `deaths` is how often its server ended by itself since it was first started, `down_since` when a server that had been ready
+    stopped being so (seconds since 1970; None: it is ready, or never was).
+    """
 
     phase: Phase
     reason: str = ""
+    deaths: int = 0
+    down_since: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -28,7 +28,8 @@ LONGEST_WAIT_SECONDS = 30.0
 class Record:
     """Which process a program is: `started` (the process's own start time) tells it from a later process with the same id.
 
-    `quick` counts the starts in a row, this one included, of which none before it lived for SETTLED_SECONDS.
+    `quick` counts the starts in a row, this one included, of which none before it lived for SETTLED_SECONDS; `deaths` how often
+    it ended under the same supervisor (`keeper`), which is its own doing, and not because all was stopped or the machine was.
     """
 
     pid: int
@@ -36,6 +37,8 @@ class Record:
     command: tuple[str, ...]
     launched: float
     quick: int = 0
+    deaths: int = 0
+    keeper: int = 0
 
     @classmethod
     def read(cls, path: Path) -> "Record | None":
@@ -127,17 +130,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch(path: Path, command: tuple[str, ...], stop_seconds: float) -> int:
     """Adopt the program that `path` remembers, or become it. Returns only when an adopted program has ended."""
     before = Record.read(path)
-    quick = 0
+    quick = deaths = 0
+    keeper = os.getppid()
     if before is not None and (survivor := before.process()) is not None and before.pid != os.getpid():
         if before.command == command:
+            write_json(path, asdict(replace(before, keeper=keeper)))
             return stand_in(survivor, stop_seconds)
         end(survivor, stop_seconds)
     elif before is not None:
         end_left_behind(before)
-        quick = before.quick + 1 if before.command == command and time.time() - before.launched < SETTLED_SECONDS else 0
+        if before.command == command:
+            quick = before.quick + 1 if time.time() - before.launched < SETTLED_SECONDS else 0
+            deaths = before.deaths + (before.keeper == keeper)
     time.sleep(wait_before(quick))
     mine = psutil.Process()
-    write_json(path, asdict(Record(mine.pid, mine.create_time(), command, time.time(), quick)))
+    write_json(path, asdict(Record(mine.pid, mine.create_time(), command, time.time(), quick, deaths, keeper)))
     os.execvp(command[0], command)
 
 

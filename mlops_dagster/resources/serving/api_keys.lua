@@ -1,4 +1,5 @@
--- API keys: a request must carry a key in x-api-key (or as a bearer token) whose SHA-256 is known. Keys themselves are not here.
+-- API keys: a request must carry a key in x-api-key (or as a bearer token) whose SHA-256 is known: to the whole gateway (`clients`) or
+-- to the model (the route's filter context). Keys themselves are not here.
 local bit = require("bit")
 local band, bor, bxor, bnot, ror, rshift = bit.band, bit.bor, bit.bxor, bit.bnot, bit.ror, bit.rshift
 
@@ -63,16 +64,17 @@ local function sha256(message)
   return table.concat(state)
 end
 
-local known = {} -- keys that were accepted before, in this worker's memory only, so that each is hashed once
+local known = {} -- digests of keys that were accepted before, in this worker's memory only, so that each is hashed once
 local open = { ["/v2/health/live"] = true, ["/v2/health/ready"] = true }
 
-local function client_of(key)
-  local client = known[key]
-  if client == nil and #key <= 512 then
-    client = clients[sha256(key)]
-    if client ~= nil then
-      known[key] = client
-    end
+local function client_of(key, of_model)
+  if #key > 512 then
+    return nil
+  end
+  local digest = known[key] or sha256(key)
+  local client = clients[digest] or of_model[digest]
+  if client ~= nil then
+    known[key] = digest
   end
   return client
 end
@@ -87,7 +89,8 @@ function envoy_on_request(handle)
   if key == nil then
     key = (headers:get("authorization") or ""):match("^[Bb]earer (.+)$")
   end
-  local client = key and client_of(key)
+  local context = handle:filterContext():get("clients")
+  local client = key and client_of(key, context or {})
   if client == nil then
     local told = key and "the API key is not known" or "an API key is needed: send it as x-api-key or as a bearer token"
     handle:respond({ [":status"] = "401", ["www-authenticate"] = "Bearer" }, told) -- the listener puts it into JSON

@@ -12,6 +12,7 @@ from pydantic import Field
 from mlops_dagster.core.errors import ArtifactError, DeclarationError, NotFoundError, ServingError
 from mlops_dagster.core.routes import Routes
 from mlops_dagster.resources.serving import DEFAULT_OPTIONS, Arm, ArmState, Observed, Phase, ServingOptions, checked_model
+from mlops_dagster.resources.serving.client_keys import hash_api_key, own_key
 from mlops_dagster.resources.serving.envoy_admin import EnvoyAdmin
 from mlops_dagster.resources.serving.envoy_listener import Gateway
 from mlops_dagster.resources.serving.gateway import EnvoyFiles
@@ -112,6 +113,10 @@ class EmbeddedServing(ConfigurableResource):
         gateway = Gateway(self.host, port, self.max_body_bytes, self.access_log, dict(self.api_keys))
         return HostSettings(gateway, self.concurrency, self.predictor, port_is_chosen=not self.port)
 
+    def own_key(self) -> str:
+        """The key of the platform's own requests, for models that ask for one (see `client_keys`)."""
+        return own_key(Folder(self.root))
+
     def _observed(self, folder: Folder, desired: Desired) -> Observed:
         report = read_json(folder.observed_file(desired.model)) or {}
         current = report.get("routes") == desired.routes.to_json()
@@ -119,7 +124,9 @@ class EmbeddedServing(ConfigurableResource):
         for arm in desired.arms:
             raw = report.get("arms", {}).get(arm.key)
             arms[arm.key] = (
-                ArmState(Phase(raw["phase"]), raw["reason"]) if raw else ArmState(Phase.STARTING, "the server is being started")
+                ArmState(**raw | {"phase": Phase(raw["phase"])})
+                if raw
+                else ArmState(Phase.STARTING, "the server is being started")
             )
         problem = _silence(folder) or report.get("problem", "")
         try:
@@ -130,13 +137,6 @@ class EmbeddedServing(ConfigurableResource):
         if not pending and live != desired.routes:
             pending = "the gateway does not follow the desired routes yet"
         return Observed(desired.model, arms, live, pending, tuple(report.get("warm", ())), problem)
-
-
-def hash_api_key(key: str) -> str:
-    """What is kept of an API key: its SHA-256 in hex. Make keys long and random, for example with `secrets.token_urlsafe(32)`."""
-    import hashlib
-
-    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _silence(folder: Folder) -> str:

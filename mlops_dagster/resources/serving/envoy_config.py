@@ -20,6 +20,9 @@ ROUTES_NAME = "gateway"
 VERSION_HEADER = "x-mlops-version"  # a caller names the arm that must answer
 SHADOW_HEADER = "x-mlops-shadow"  # only the gateway sets it: this request is a copy, its answer goes nowhere
 METADATA = "mlops"
+UNIT = "unit"  # the sticky key that chose the arm, for the log of an A/B test
+UNIT_FILTER = "envoy.filters.http.header_to_metadata"
+KEY_FILTER = "envoy.filters.http.lua"
 _TYPE = "type.googleapis.com/envoy."
 
 
@@ -33,13 +36,17 @@ class Backend:
 
 @dataclass(frozen=True)
 class Published:
-    """What the gateway needs to know of one model: its servers, the routes to follow, and who stands in for whom."""
+    """What the gateway needs to know of one model: its servers, the routes to follow, and who stands in for whom.
+
+    `clients`: the names of those that may ask it, by the SHA-256 of their API keys; None: everybody may.
+    """
 
     model: str
     backends: tuple[Backend, ...]
     routes: Routes
     order: Mapping[str, tuple[str, ...]]
     options: ServingOptions
+    clients: Mapping[str, str] | None = None
 
 
 def cluster_name(model: str, arm: str) -> str:
@@ -168,7 +175,11 @@ def model_routes(model: Published) -> list[Json]:
         )
     if routes.sticky is not None and len(routes.serving) > 1:
         action = _action(model, _weights(model, by_hash=True))
-        rules.append((_sticky_present(routes.sticky), {"route": {**action, "hash_policy": [_hash_policy(routes.sticky)]}}))
+        chosen = {
+            "route": {**action, "hash_policy": [_hash_policy(routes.sticky)]},
+            "typed_per_filter_config": _unit(routes.sticky),
+        }
+        rules.append((_sticky_present(routes.sticky), chosen))
     rules.append(({}, {"route": _action(model, _weights(model, by_hash=False))}))
     paths = (
         {"prefix": f"/v1/models/{model.model}:"},
@@ -182,8 +193,18 @@ def _row(model: Published, path: Json, rule: Json, action: Json) -> Json:
     row = {"name": model.model, "match": {**path, **rule}, **action}
     limit = model.options.requests_per_second
     if limit is not None:
-        row["typed_per_filter_config"] = {"envoy.filters.http.local_ratelimit": _rate_limit(limit)}
+        own = row.get("typed_per_filter_config", {})
+        row["typed_per_filter_config"] = {**own, "envoy.filters.http.local_ratelimit": _rate_limit(limit)}
+    if model.clients is not None:
+        own = row.get("typed_per_filter_config", {})
+        row["typed_per_filter_config"] = {**own, KEY_FILTER: _asks_for_keys(model.clients)}
     return row
+
+
+def _asks_for_keys(clients: Mapping[str, str]) -> Json:
+    """Hands a model's clients to the API key filter: part of the routes, so that a change holds for open connections too."""
+    kind = f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute"
+    return {"@type": kind, "filter_context": {"clients": dict(sorted(clients.items()))}}
 
 
 def _weights(model: Published, by_hash: bool) -> Json:
@@ -252,6 +273,14 @@ def _hash_policy(sticky: Sticky) -> Json:
         header, pattern = "cookie", rf"^(?:.*;\s*)?{_quoted(sticky.name)}=([^;]*).*$"
     rewrite = {"pattern": {"regex": pattern}, "substitution": sticky.salt + r":\1"}
     return {"header": {"header_name": header, "regex_rewrite": rewrite}, "terminal": True}
+
+
+def _unit(sticky: Sticky) -> Json:
+    """Keep the sticky key with the request, where the unit log finds it and no server sees it."""
+    kept = {"metadata_namespace": METADATA, "key": UNIT, "type": "STRING"}
+    rule = {sticky.by: sticky.name, "on_header_present": kept, "remove": False}
+    kind = f"{_TYPE}extensions.filters.http.header_to_metadata.v3.Config"
+    return {UNIT_FILTER: {"@type": kind, "request_rules": [rule]}}
 
 
 def _sticky_present(sticky: Sticky) -> Json:

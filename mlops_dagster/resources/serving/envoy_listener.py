@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from mlops_dagster.core.measurements import DEFAULT_BOUNDS_MS
-from mlops_dagster.resources.serving.envoy_config import ROUTES_NAME, VERSION_HEADER
+from mlops_dagster.resources.serving.envoy_config import METADATA, ROUTES_NAME, UNIT, VERSION_HEADER
 
 Json = dict[str, Any]
 
@@ -67,7 +67,7 @@ def _with_routes(listener: Json, routes: Json) -> Json:
     return {**listener, "filter_chains": [{**chain, "filters": [{**chain["filters"][0], "typed_config": manager}]}]}
 
 
-def listener(gateway: Gateway, folder: str, access_log: str) -> Json:
+def listener(gateway: Gateway, folder: str, access_log: str, unit_log: str) -> Json:
     """The one listener, for plain HTTP/1.1 and HTTP/2 without TLS."""
     manager: Json = {
         "@type": _TYPE + _HCM,
@@ -87,8 +87,7 @@ def listener(gateway: Gateway, folder: str, access_log: str) -> Json:
         "stream_idle_timeout": "120s",
         "common_http_protocol_options": {"idle_timeout": "300s", "headers_with_underscores_action": "REJECT_REQUEST"},
     }
-    if gateway.access_log:
-        manager["access_log"] = [_access_log(access_log)]
+    manager["access_log"] = [*([_access_log(access_log)] if gateway.access_log else []), _unit_log(unit_log)]
     http = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
     return {
         "name": "gateway",
@@ -107,8 +106,10 @@ def _errors_as_json() -> Json:
 
 def _filters(gateway: Gateway) -> list[Json]:
     chosen = [_filter("body_size_limit", "body_size_limit.v3.BodySizeLimit", max_request_bytes=gateway.max_body_bytes)]
-    if gateway.api_keys:
-        chosen.insert(0, _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": api_key_script(gateway.api_keys)}))
+    keys = _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": api_key_script(gateway.api_keys)})
+    # Without keys of the whole gateway only the routes of models with clients of their own turn it on (see `envoy_config`).
+    chosen.insert(0, keys if gateway.api_keys else {**keys, "disabled": True})
+    chosen.append(_filter("header_to_metadata", "header_to_metadata.v3.Config"))
     chosen.append(_filter("local_ratelimit", "local_ratelimit.v3.LocalRateLimit", stat_prefix="rate"))
     chosen.append(_filter("router", "router.v3.Router"))
     return chosen
@@ -144,6 +145,24 @@ def _access_log(path: str) -> Json:
         "bytes_sent": "%BYTES_SENT%",
         "client": "%REQ(X-MLOPS-CLIENT)%",
     }
+    return _log_file(path, line)
+
+
+def _unit_log(path: str) -> Json:
+    """One JSON line a request whose sticky key chose the arm; the evidence of an A/B test is counted from it."""
+    line = {
+        "at": "%START_TIME(%s.%6f)%",
+        "model": "%ROUTE_NAME%",
+        "request_id": "%REQ(X-REQUEST-ID)%",
+        "key": f"%DYNAMIC_METADATA({METADATA}:{UNIT})%",
+        "arm": "%UPSTREAM_CLUSTER%",
+        "status": "%RESPONSE_CODE%",
+    }
+    present = {"filter": METADATA, "path": [{"key": UNIT}], "value": {"present_match": True}}
+    return {**_log_file(path, line), "filter": {"metadata_filter": {"matcher": present, "match_if_key_not_found": False}}}
+
+
+def _log_file(path: str, line: Json) -> Json:
     kind = _TYPE + "extensions.access_loggers.file.v3.FileAccessLog"
     return {
         "name": "envoy.access_loggers.file",

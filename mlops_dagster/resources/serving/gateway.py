@@ -25,6 +25,7 @@ _CLUSTER = "config.cluster.v3.Cluster"
 _ROUTES = "config.route.v3.RouteConfiguration"
 FILES = ("lds", "cds", "rds")
 MEBIBYTE = 1 << 20
+UNITS_KEPT_SECONDS = 3600.0  # after the last request of an A/B test
 
 
 def envoy_path() -> Path:
@@ -58,6 +59,7 @@ class EnvoyFiles:
                 self._swap(kind, resource, initial)
         write_json(path, content)
         options = ("--concurrency", str(concurrency), "--disable-hot-restart", "--log-level", "warning", "--skip-deprecated-logs")
+        options = (*options, "--file-flush-interval-msec", "1000")  # the default of 10 s would hold up an A/B test's evidence
         return (str(envoy_path()), "-c", str(path), *options)
 
     def publish(self, gateway: Gateway, published: Mapping[str, Published]) -> None:
@@ -135,17 +137,22 @@ class EnvoyFiles:
         return routes_in(tables[0]) if tables else {}
 
     def keep_logs_small(self, limit_bytes: int = 64 * MEBIBYTE) -> None:
-        """Put a long access log aside (one is kept) and have Envoy open a new one."""
-        path = self.folder.logs / "access.jsonl"
+        """Put a long log of requests aside (one is kept) and have Envoy open a new one; sticky keys are not kept beyond a test."""
+        units = self.folder.unit_log
         try:
-            if path.exists() and path.stat().st_size > limit_bytes:
-                os.replace(path, path.with_suffix(".1.jsonl"))
+            for path in (self.folder.logs / "access.jsonl", units):
+                if path.exists() and path.stat().st_size > limit_bytes:
+                    os.replace(path, path.with_suffix(".1.jsonl"))
+                    self.admin.reopen_logs()
+            if units.exists() and units.stat().st_size > 0 and time.time() - units.stat().st_mtime > UNITS_KEPT_SECONDS:
+                units.with_suffix(".1.jsonl").unlink(missing_ok=True)
+                units.unlink()
                 self.admin.reopen_logs()
         except OSError as error:
             raise StorageError(f"the gateway's access log cannot be put aside ({error.strerror}). Check the disk.") from error
 
     def _listener(self, gateway: Gateway) -> Json:
-        return listener(gateway, str(self.folder.envoy), str(self.folder.logs / "access.jsonl"))
+        return listener(gateway, str(self.folder.envoy), str(self.folder.logs / "access.jsonl"), str(self.folder.unit_log))
 
     def _resources(self, kind: str) -> list[Json]:
         return [

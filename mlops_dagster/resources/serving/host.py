@@ -21,6 +21,7 @@ from mlops_dagster.core.routes import Routes
 from mlops_dagster.resources.live_metrics.samples import Samples
 from mlops_dagster.resources.live_metrics.scrape import counters
 from mlops_dagster.resources.serving.adopt import Record, end
+from mlops_dagster.resources.serving.client_keys import digests
 from mlops_dagster.resources.serving.envoy_admin import EnvoyAdmin, Host
 from mlops_dagster.resources.serving.envoy_config import Backend, Published, cluster_name
 from mlops_dagster.resources.serving.fleet import Member, answering_order, next_fleet, next_routes
@@ -79,7 +80,7 @@ class ServingHost:
         ready = {name for name, member in fleet.items() if self._is_ready(name, member, hosts, processes.get(name))}
         wanted, pending = _routes(desired, damaged, live, fleet, ready)
         try:
-            self.envoy.publish(settings.gateway, self._published(fleet, wanted, desired))
+            self.envoy.publish(settings.gateway, self._published(fleet, wanted, desired, digests(self.folder)))
         except MlopsError as error:
             problem = problem or str(error)
         seen = Seen(now, fleet, ready, hosts, processes, pending, problem)
@@ -129,7 +130,11 @@ class ServingHost:
         return proven and host is not None and host.healthy and host.address == address
 
     def _published(
-        self, fleet: Mapping[str, Member], wanted: Mapping[str, Routes], desired: Mapping[str, Desired]
+        self,
+        fleet: Mapping[str, Member],
+        wanted: Mapping[str, Routes],
+        desired: Mapping[str, Desired],
+        clients: Mapping[str, Mapping[str, str]],
     ) -> dict[str, Published]:
         found = {}
         for model, routes in wanted.items():
@@ -141,7 +146,7 @@ class ServingHost:
             backends = tuple(Backend(key, member.address) for key, member in members.items())
             order = {arm: answering_order(arm, routes, names) for arm in routes.arms}
             options = next(member.options for member in members.values())
-            found[model] = Published(model, backends, routes, order, options)
+            found[model] = Published(model, backends, routes, order, options, clients.get(model))
         return found
 
     def _report(self, desired: Mapping[str, Desired], seen: Seen) -> None:

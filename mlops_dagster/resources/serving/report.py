@@ -1,13 +1,15 @@
 """From processes and Envoy's view of them to the phase of each arm, with a reason that a person can act on."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
 
 from mlops_dagster.resources.serving import ArmState, Phase
 from mlops_dagster.resources.serving.adopt import Record
 from mlops_dagster.resources.serving.envoy_admin import Host
 from mlops_dagster.resources.serving.envoy_config import cluster_name
 from mlops_dagster.resources.serving.fleet import Member, program_name
-from mlops_dagster.resources.serving.state import Desired, Folder
+from mlops_dagster.resources.serving.state import Desired, Folder, read_json
 from mlops_dagster.resources.serving.supervision import WRONG_ARTIFACT, WRONG_USAGE, Process, last_lines
 
 QUICK_ENDS = 3  # so many starts in a row that ended at once are a failure, though starting goes on
@@ -23,7 +25,8 @@ def arm_states(
     processes: Mapping[str, Process],
     now: float,
 ) -> dict[str, ArmState]:
-    """The state of every desired arm by its key."""
+    """The state of every desired arm by its key; how long one is down goes on from the last report."""
+    before = (read_json(folder.observed_file(desired.model)) or {}).get("arms", {})
     found = {}
     for arm in desired.arms:
         program = program_name(desired.model, arm)
@@ -34,7 +37,16 @@ def arm_states(
             found[arm.key] = ArmState(Phase.READY, _ejected(hosts.get(cluster_name(desired.model, arm.key))))
         else:
             found[arm.key] = _not_ready(folder, program, fleet.get(program), now)
+        record = Record.read(folder.records / f"{program}.json")
+        down = _down_since(found[arm.key], before.get(arm.key), now)
+        found[arm.key] = replace(found[arm.key], deaths=record.deaths if record else 0, down_since=down)
     return found
+
+
+def _down_since(state: ArmState, before: Mapping[str, Any] | None, now: float) -> float | None:
+    if state.phase is Phase.READY or before is None:
+        return None
+    return now if before["phase"] == Phase.READY else before.get("down_since")
 
 
 def _not_ready(folder: Folder, program: str, member: Member | None, now: float) -> ArmState:

@@ -52,6 +52,7 @@ class Folder:
         self.logs = self.root / "logs"
         self.inference_log = self.root / "inference_log"
         self.samples = self.root / "samples.db"
+        self.unit_log = self.logs / "units.jsonl"
         self.stopped = self.host / "stopped"
         self.heartbeat = self.host / "heartbeat"
 
