@@ -28,7 +28,7 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         spec,
         STAGE,
         description="The approved version behind the gateway. A first version goes live at once, a later one by the declared strategy.",
-        kinds={"envoy", "onnx"},
+        kinds={"envoy", spec.training.format},
         needs=["model_version"],
         resources=rollout.RESOURCES,
         checks=CHECKS,
@@ -62,20 +62,29 @@ def until_started(parts: Parts, spec: ModelSpec) -> RolloutState | None:
     while found is not None and found.state.phase is Phase.PENDING:
         time.sleep(TICK_SECONDS)
         found = rollout.tick(parts, spec, dt.datetime.now(dt.UTC))
+    if found is not None and found.state.current is not None:
+        # The first look at a step only sets the start of what is measured: made now, the sensor's first one has something to judge.
+        found = rollout.tick(parts, spec, dt.datetime.now(dt.UTC))
     return found.state if found else None
 
 
 def described(state: RolloutState, parts: Parts) -> dict[str, Any]:
     """What a person wants to see of a deployment."""
     weights = {w["arm"]: w["percent"] for w in state.routes.to_json()["weights"]} if state.routes else {}
+    mirror = {state.routes.mirror.arm: state.routes.mirror.per_mille / 10} if state.routes and state.routes.mirror else {}
+    entry = parts.ledger.find(f"rollout/{state.rollout_id}/{state.revision}")
+    # Kept outside the ledger, its place and hash show later whether the entry is still the same (`mlops ledger verify`).
+    receipt = {"ledger_sequence": entry.sequence, "ledger_hash": entry.hash} if entry else {}
     return {
         "phase": str(state.phase),
         "strategy": state.strategy,
         "candidate": state.candidate,
         "champion": state.candidate if state.phase is Phase.PROMOTED else state.champion or "none",
         "weights_percent": weights,
+        **({"mirror_percent": mirror} if mirror else {}),
         "reason": state.reason,
         "endpoint": f"{parts.serving.endpoint(state.model)}/v1/models/{state.model}:predict",
+        **receipt,
     }
 
 

@@ -4,31 +4,43 @@ import datetime as dt
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlops_dagster.assets import approvals
+from mlops_dagster.assets import approvals, rollout_evidence
 from mlops_dagster.assets.lake_paths import canonical, day_key, stored_days
 from mlops_dagster.assets.smoke import failures as smoke_failures
 from mlops_dagster.core import rollout as engine
-from mlops_dagster.core.analysis import Verdict, judge_labels, judge_start
-from mlops_dagster.core.errors import ServingError
-from mlops_dagster.core.measurements import Measurements
+from mlops_dagster.core.analysis import Verdict, judge_down, judge_labels, judge_start
+from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, TransientError
+from mlops_dagster.core.measurements import Counters, Measurements
 from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
 from mlops_dagster.core.rollout_gates import Outcome
 from mlops_dagster.core.routes import BASELINE, Routes, version_of
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.core.strategies import RolloutPolicy
 from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.inference_segments import InferenceSegments
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.live_metrics import LiveMetrics
 from mlops_dagster.resources.registry import Registry, Version
-from mlops_dagster.resources.serving import Arm, Serving, ServingOptions
+from mlops_dagster.resources.serving import Arm, ArmState, Serving, ServingOptions
 from mlops_dagster.resources.serving import Phase as ServerPhase
 from mlops_dagster.serving import artifact
 
-RESOURCES = {"artifact_cache", "data_lake", "feature_store", "ledger", "live_metrics", "registry", "serving"}
+RESOURCES = {
+    "artifact_cache",
+    "data_lake",
+    "feature_store",
+    "inference_segments",
+    "ledger",
+    "live_metrics",
+    "registry",
+    "serving",
+}
+HISTORY = dt.timedelta(minutes=15)
+"""How much of the champion's time before a rollout is looked at: an hour ago it may have answered under another load."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,9 @@ class Parts:
     lake: Lake
     feature_store: Any
     cache: Path
+    inference_segments: InferenceSegments
+    settle_seconds: float = 15.0  # answers are compared this long after they were given: longer than a request may take
+    label_seconds: float = 30.0  # how often the lake is asked for labels
 
     @classmethod
     def of(cls, resources: Any) -> "Parts":
@@ -54,6 +69,7 @@ class Parts:
             resources.data_lake,
             resources.feature_store,
             Path(resources.artifact_cache.root),
+            resources.inference_segments,
         )
 
 
@@ -69,10 +85,7 @@ class Tick:
 
 def policy_of(spec: ModelSpec) -> RolloutPolicy:
     """The declaration's rollout and monitoring sections as a policy."""
-    declared = spec.rollout.model_dump()
-    declared |= {"steps_percent": tuple(declared["steps_percent"]), "pauses": tuple(declared["pauses"])}
-    return RolloutPolicy(
-        **declared,
+    return spec.rollout.policy(
         max_p99_latency_ms=spec.monitoring.max_p99_latency_ms,
         accuracy_drop=spec.monitoring.max_accuracy_drop if spec.monitoring.max_accuracy_drop > 0 else 0.001,
         sticky_salt=spec.name,
@@ -109,6 +122,8 @@ def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime) -> 
     running = current(parts, spec.name)
     if running is not None and not running.phase.final:
         command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
+    elif running is not None:
+        carry_out(parts, spec, running, now)  # after a crash the registry may not know the last champion yet
     champion = champion_of(parts.registry.versions(spec.name))
     state, action = engine.begin(
         rollout_id(version), spec.name, str(champion.number) if champion else None, str(version.number), policy_of(spec), now
@@ -148,8 +163,10 @@ def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
             return revoked
         carry_out(parts, spec, state, now)
         return Tick(state, Action(Act.NONE, str(state.phase)), None, changed=False)
-    carry_out(parts, spec, state, now)
-    verdict = _verdict(parts, spec, state, now)
+    verdict = _unusable(parts, spec, state)
+    if verdict is None:
+        carry_out(parts, spec, state, now)
+        verdict = _verdict(parts, spec, state, now)
     new, action = engine.advance(state, verdict, policy_of(spec), now)
     if new == state:
         return Tick(state, action, verdict, changed=False)
@@ -231,6 +248,18 @@ def _set_aliases(parts: Parts, spec: ModelSpec, state: RolloutState, versions: d
             parts.registry.set_alias(spec.name, alias, number)
 
 
+def _unusable(parts: Parts, spec: ModelSpec, state: RolloutState) -> Verdict | None:
+    """FAIL before its server is started where the candidate's stored bytes are not those that were registered."""
+    version = next((v for v in parts.registry.versions(spec.name) if str(v.number) == state.candidate), None)
+    if state.phase is not Phase.PENDING or version is None:
+        return None
+    try:
+        _artifact(parts, spec, version)
+    except ArtifactError as error:
+        return Verdict(Outcome.FAIL, (str(error),))
+    return None
+
+
 def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Verdict:
     try:
         seen = parts.serving.observe(spec.name)
@@ -242,10 +271,18 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
     if state.phase is Phase.PENDING or state.current is None:
         ready = failed is not None and failed.phase is ServerPhase.READY and (state.champion is not None or seen.ready)
         return judge_start(ready, smoke_failures(parts, spec, state.candidate) if ready else ())
-    judged = engine.verdict_on(state, _measured(parts, spec, state, now), policy_of(spec), now)
+    step, policy = state.current, policy_of(spec)
+    if failed is not None and (gone := _gone(parts, spec, state, failed, policy, now)) is not None:
+        return gone
+    measurements, problem = _measured(parts, spec, state, now)
+    judged = engine.verdict_on(state, measurements, policy, now)
     if judged is None:
         return Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
-    step = state.current
+    judged = replace(
+        judged, evidence={**judged.evidence, **rollout_evidence.described(rollout_evidence.tally_of(parts, spec, state))}
+    )
+    if problem is not None and judged.outcome is not Outcome.FAIL:
+        return replace(judged, outcome=Outcome.ERROR, reasons=(problem,))
     if step.routes.match is not None and judged.outcome is not Outcome.FAIL and judged.requests < step.minimum_requests:
         # No caller reaches a preview by weight: what it must answer before the switch are our own requests.
         wrong = smoke_failures(parts, spec, state.candidate, step.minimum_requests - judged.requests)
@@ -254,22 +291,52 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
     return judged
 
 
-def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Measurements:
-    """The rollout's measurements with the present look added, kept on disk between ticks."""
+def _gone(
+    parts: Parts, spec: ModelSpec, state: RolloutState, arm: ArmState, policy: RolloutPolicy, now: dt.datetime
+) -> Verdict | None:
+    """FAIL when the candidate's server keeps dying or stays away, which callers do not notice: other arms stand in for it."""
+    # Deaths of an earlier rollout of the same version, whose server ran on, are not this one's.
+    restarts = arm.deaths - min(arm.deaths, rollout_evidence.tally_of(parts, spec, state).first("deaths", arm.deaths))
+    down = now.timestamp() - arm.down_since if arm.down_since is not None else 0.0
+    return judge_down(state.candidate, down, restarts, policy)
+
+
+def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> tuple[Measurements, str | None]:
+    """The rollout's measurements with the present look added, kept on disk between ticks; and what could not be counted."""
     file = parts.cache / spec.name / "rollouts" / f"{state.rollout_id.replace('/', '_')}.json"
     known = Measurements.from_json(json.loads(file.read_bytes())) if file.exists() else Measurements()
+    problem = None
+    try:
+        rollout_evidence.collect(parts, spec, state, now)
+    except MlopsError as error:
+        problem = str(error)
+    if known.began is None:
+        known = replace(known, history=_history(parts, spec, state, now))
     try:
         reading = parts.live_metrics.totals(spec.name)
-    except ServingError:
-        return known
+        # The first look only sets the start. What the tally has by then is all the rollout's own, so it belongs to the next tick.
+        first = known.began is None
+        arms = (
+            reading.arms if first else rollout_evidence.added(reading.arms, state, rollout_evidence.tally_of(parts, spec, state))
+        )
+    except TransientError as error:
+        return known, problem or (None if isinstance(error, ServingError) else str(error))
     # A reading is as old as its last sample: its own time counts, so that the same sample is never two ticks.
-    measured = known.observe(reading.at, reading.arms)
+    measured = known.observe(reading.at, arms)
     if measured != known:
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_suffix(f".{os.getpid()}.tmp")
         aside.write_bytes(canonical(measured.to_json()))
         aside.replace(file)
-    return measured
+    return measured, problem
+
+
+def _history(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Counters:
+    """What the gateway counted of the champion before the rollout; nothing where it has no metrics of that time."""
+    try:
+        return parts.live_metrics.measure(spec.name, now - HISTORY).arms.get(state.champion or "", Counters())
+    except ServingError:
+        return Counters()
 
 
 def _revoked(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Tick | None:
