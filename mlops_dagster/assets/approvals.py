@@ -1,12 +1,15 @@
 """Approving and rejecting versions: in the registry, bound to the evidence, and in the ledger."""
 
 import datetime as dt
+import logging
 from typing import Any
 
 from mlops_dagster.core.errors import ApprovalError, NotFoundError
 from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state
+
+_log = logging.getLogger(__name__)
 
 
 def find(registry: Registry, model: str, number: int) -> Version:
@@ -66,7 +69,10 @@ def adopt(registry: Registry, ledger: Ledger, model: str, now: dt.datetime) -> l
         state = approval_state(version)
         if state is ApprovalState.UNBOUND and version.approval:
             by = version.approval.by or "registry UI"
-            version = decide(registry, ledger, model, version.number, Approval("approved", by, now, version.approval.reason))
+            try:
+                version = decide(registry, ledger, model, version.number, Approval("approved", by, now, version.approval.reason))
+            except ApprovalError as error:
+                _log.warning("the approval of version %s set in the registry does not count: %s", version.number, error)
         elif state in (ApprovalState.APPROVED, ApprovalState.REJECTED):
             record(ledger, version)
         if approval_state(version) is ApprovalState.APPROVED:

@@ -5,6 +5,7 @@ from typing import Any
 
 import dagster as dg
 
+from mlops_dagster.assets import approve, late_data
 from mlops_dagster.assets.stage import key, partitions
 from mlops_dagster.core.spec import ModelSpec
 
@@ -23,11 +24,11 @@ def name(model: str, part: str) -> str:
 
 
 def build(spec: ModelSpec) -> list[Any]:
-    """The four jobs of a model. Two runs of one part of one model never overlap (see the run queue's tag limits in `dagster.yaml`)."""
-    return [
+    """The jobs of a model: its four parts, of which no two runs ever overlap (see `dagster.yaml`), and decisions about versions."""
+    parts = [
         dg.define_asset_job(
             name(spec.name, part),
-            selection=dg.AssetSelection.assets(*(key(spec, stage) for stage in stages)),
+            selection=dg.AssetSelection.assets(*(key(spec, stage) for stage in stages)) | _checked_after(spec, part),
             description=f"{spec.name}: {', '.join(stages)}.",
             tags={"mlops/model": spec.name, "mlops/part": part, "mlops/exclusive": name(spec.name, part)},
             partitions_def=partitions(spec) if part in BY_DAY else None,
@@ -35,3 +36,10 @@ def build(spec: ModelSpec) -> list[Any]:
         )
         for part, stages in PARTS.items()
     ]
+    return [*parts, approve.build(spec, name(spec.name, "approve"))]
+
+
+def _checked_after(spec: ModelSpec, part: str) -> dg.AssetSelection:
+    """Checks of other stages that a part runs: whether what was ingested had been used in another form."""
+    late = dg.AssetCheckKey(key(spec, "training_set"), late_data.NAME)
+    return dg.AssetSelection.checks(*([late] if part == "ingest" else []))
