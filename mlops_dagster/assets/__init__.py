@@ -10,6 +10,7 @@ from mlops_dagster.assets import (
     features,
     inference_log,
     jobs,
+    late_data,
     live_performance,
     model_version,
     raw_data,
@@ -36,5 +37,9 @@ STAGES = (
 
 
 def build(spec: ModelSpec) -> dg.Definitions:
-    """The twelve assets of a model with their checks, and its jobs."""
-    return dg.Definitions(assets=[stage.build(spec) for stage in STAGES], jobs=jobs.build(spec))
+    """The twelve assets of a model with their checks, the node of corrections, and its jobs."""
+    return dg.Definitions(
+        assets=[*(stage.build(spec) for stage in STAGES), late_data.corrections(spec)],
+        asset_checks=[late_data.build(spec)],
+        jobs=jobs.build(spec),
+    )

@@ -7,6 +7,7 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from mlops_dagster.assets import late_data
 from mlops_dagster.assets.lake_paths import day_key, digest_of, stored_days
 from mlops_dagster.assets.metadata import column_schema
 from mlops_dagster.assets.references import load_callable
@@ -38,12 +39,14 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
     def raw_data(context: dg.AssetExecutionContext):
         lake: Lake = context.resources.data_lake
         read = load_callable(spec, "source.read")
-        made = {day: _read(spec, read, day) for day in days(context)}
+        made = {day: read_day(spec, read, day) for day in days(context)}
         lake.write_bytes(f"{spec.name}/{STAGE}/tables.json", json.dumps(list(next(iter(made.values())))).encode())
         stored = {day: [lake.write(day_key(spec, STAGE, day, n), t) for n, t in tables.items()] for day, tables in made.items()}
         revision = context.resources.data_versions.record(
             [f.key for files in stored.values() for f in files], f"{spec.name}: raw data"
         )
+        if corrected := late_data.correction(spec, lake, context.resources.data_versions, revision.files):
+            context.log_event(corrected)
         for day, files in stored.items():
             context.add_asset_metadata(_day_metadata(made[day], files, revision.commit), partition_key=day.isoformat())
         return dg.MaterializeResult(
@@ -55,7 +58,7 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
     return raw_data
 
 
-def _read(spec: ModelSpec, read: Any, day: dt.date) -> dict[str, pa.Table]:
+def read_day(spec: ModelSpec, read: Any, day: dt.date) -> dict[str, pa.Table]:
     """One day from the user's function, as Arrow tables. Raises DataError."""
     result = read(day)
     named = result if isinstance(result, dict) else {"rows": result}

@@ -48,15 +48,16 @@ def stage(
     *,
     description: str,
     kinds: set[str],
-    needs: Sequence[str] = (),
+    needs: Sequence[str | dg.AssetDep] = (),
     resources: set[str] = frozenset(),  # type: ignore[assignment]
     partitioned: bool = False,
     checks: Mapping[str, tuple[str, bool]] | None = None,
     code: Sequence[str] = (),
     optional: bool = False,
 ) -> Callable[[Callable[..., Any]], dg.AssetsDefinition]:
-    """The decorator of one stage's asset. `checks`: name -> (description, blocking); `needs`: stages of the same model; `code`: fields of
-    the declaration whose Python the stage runs; `optional`: the stage may decide to make nothing."""
+    """The decorator of one stage's asset. `checks`: name -> (description, blocking); `needs`: stages of the same model, or
+    dependencies with a partition mapping; `code`: fields of the declaration whose Python the stage runs; `optional`: the stage
+    may decide to make nothing."""
     return dg.asset(
         key=key(spec, name),
         description=description,
@@ -64,7 +65,7 @@ def stage(
         owners=list(spec.owners),
         kinds=kinds,
         tags={"mlops/model": spec.name},
-        deps=[key(spec, stage_name) for stage_name in needs],
+        deps=[need if isinstance(need, dg.AssetDep) else key(spec, need) for need in needs],
         partitions_def=partitions(spec) if partitioned else None,
         backfill_policy=dg.BackfillPolicy.single_run() if partitioned else None,
         check_specs=[check_spec(spec, name, check, text, blocking) for check, (text, blocking) in (checks or {}).items()],

@@ -1,13 +1,19 @@
-"""New data: every day that has ended and is not in the lake yet is ingested."""
+"""New data: every day that has ended and is not in the lake yet is ingested; the newest ones are read again for late rows."""
 
 import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import dagster as dg
 
-from mlops_dagster.assets import jobs
-from mlops_dagster.assets.lake_paths import stored_days, tables
+from mlops_dagster.assets import jobs, raw_data
+from mlops_dagster.assets.lake_paths import day_key, stored_days, tables
+from mlops_dagster.assets.references import load_callable
 from mlops_dagster.core.errors import NotFoundError
 from mlops_dagster.core.spec import ModelSpec, Partitions
+from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.data_lake.parquet import as_table, stored, to_parquet
 
 DAYS_A_TICK = 5
 
@@ -21,20 +27,26 @@ def build(spec: ModelSpec) -> dg.SensorDefinition:
         job_name=jobs.name(spec.name, "ingest"),
         minimum_interval_seconds=60,
         default_status=dg.DefaultSensorStatus.RUNNING if live else dg.DefaultSensorStatus.STOPPED,
-        description="Ingests each ended day that the lake does not have, in order, with its features.",
+        description="Ingests each ended day that the lake does not have, in order, with its features, and each day whose source changed.",
         required_resource_keys={"data_lake"},
         tags={"mlops/model": spec.name},
     )
     def new_data(context: dg.SensorEvaluationContext):
-        lake = context.resources.data_lake
+        lake, now = context.resources.data_lake, dt.datetime.now(dt.UTC)
         try:
-            stored = stored_days(lake, spec, "raw_data", tables(lake, spec)[0])
+            days = stored_days(lake, spec, "raw_data", tables(lake, spec)[0])
         except NotFoundError:
-            stored = []
-        missing = ended_days(spec.source.partitions, stored[-1] if stored else None, dt.datetime.now(dt.UTC))
-        if not missing:
-            return dg.SkipReason(f"every ended day is in the lake; the newest is {stored[-1] if stored else 'none'}")
-        return [request(spec, day) for day in missing]
+            days = []
+        missing = ended_days(spec.source.partitions, days[-1] if days else None, now)
+        if missing:
+            return dg.SensorResult([request(spec, day) for day in missing], cursor=context.cursor)
+        day, cursor = next_recheck(spec, days, now, context.cursor)
+        if day is None:
+            why = f"every ended day is in the lake; the newest is {days[-1] if days else 'none'}"
+            return dg.SensorResult(skip_reason=why, cursor=cursor)
+        if found := changed_content(spec, lake, day):
+            return dg.SensorResult([correction(spec, day, found)], cursor=cursor)
+        return dg.SensorResult(skip_reason=f"{day} was read again; its rows are the stored ones", cursor=cursor)
 
     return new_data
 
@@ -49,8 +61,50 @@ def ended_days(declared: Partitions, newest: dt.date | None, now: dt.datetime) -
     return found
 
 
+def next_recheck(
+    spec: ModelSpec, stored: Sequence[dt.date], now: dt.datetime, cursor: str | None
+) -> tuple[dt.date | None, str | None]:
+    """The stored day to read again now, if any, and the cursor to keep: one day a look, each of the source.recheck_days newest
+    stored ones once a calendar day, the newest first."""
+    today = spec.source.partitions.day_of(now).isoformat()
+    seen = _seen(cursor)
+    done = seen["days"] if seen.get("on") == today else []
+    newest = list(reversed(stored))[: spec.source.recheck_days]
+    waiting = [day for day in newest if day.isoformat() not in done]
+    if not waiting:
+        return None, cursor
+    return waiting[0], json.dumps({"on": today, "days": [*done, waiting[0].isoformat()]})
+
+
+def _seen(cursor: str | None) -> Mapping[str, Any]:
+    try:
+        found = json.loads(cursor or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("days"), list) else {}
+
+
+def changed_content(spec: ModelSpec, lake: Lake, day: dt.date) -> str | None:
+    """Read a day of the source again; SHA-256 over its tables where one is not what the lake holds, else None."""
+    hashes, same = [], True
+    for name, rows in raw_data.read_day(spec, load_callable(spec, "source.read"), day).items():
+        key = day_key(spec, "raw_data", day, name)
+        hashes.append(stored(key, to_parquet(as_table(name, rows))).sha256)
+        same = same and bool(lake.list(key)) and stored(key, lake.read_bytes(key)).sha256 == hashes[-1]
+    return None if same else raw_data.digest_of(hashes)
+
+
 def request(spec: ModelSpec, day: dt.date) -> dg.RunRequest:
     """The run that ingests a day."""
     return dg.RunRequest(
         run_key=f"{spec.name}:ingest:{day}", partition_key=day.isoformat(), tags={"mlops/reason": f"new data: {day} has ended"}
+    )
+
+
+def correction(spec: ModelSpec, day: dt.date, content: str) -> dg.RunRequest:
+    """The run that ingests a day again, once for one content."""
+    return dg.RunRequest(
+        run_key=f"{spec.name}:ingest:{day}:{content[:16]}",
+        partition_key=day.isoformat(),
+        tags={"mlops/reason": f"late data: the source has other rows of {day} than the lake"},
     )

@@ -97,6 +97,22 @@ class OnlineFeatures:
             _compute(view, columns, len(rows))
         return self._answer(plan, columns, len(rows))
 
+    def stored_at(self, view: str, rows: Sequence[Mapping[str, Any]]) -> list[datetime | None]:
+        """The event time of what the store holds of a view for each row's entity (its join keys are enough); None where nothing.
+
+        Raises NotFoundError for a view that is not among the model's, DataError for a key of the wrong type.
+        """
+        plan = self._current()
+        keys = next((known.keys for known in plan.views if known.name == view), None)
+        if keys is None:
+            raise NotFoundError(
+                f"feature view {view!r} of model {self._model!r}: there are {', '.join(v.name for v in plan.views)}."
+            )
+        typed = [{name: _typed(n, name, plan.entities[name], row[name]) for name in keys} for n, row in enumerate(rows)]
+        wanted = [plan.encode[view](row) for row in typed]
+        found = self._read(plan, {view: [*dict.fromkeys(wanted)]})[view]
+        return [datetime.fromtimestamp(found[key][0], UTC) if key in found else None for key in wanted]
+
     def _fill(
         self,
         view: StoredView,

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FeatureEngine"]
+__all__ = ["Case", "FeatureEngine"]
+
+Case = tuple[Mapping[str, Any], Mapping[str, Any]]
+"""The tables and the parameters of one run of the statements: those of a day."""
 
 
 class FeatureEngine(Protocol):
@@ -28,4 +31,8 @@ class FeatureEngine(Protocol):
         parameters: Mapping[str, Any] | None = None,
     ) -> "dict[str, pa.Table]":
         """The answers to several statements over the same tables, by the statements' names."""
+        ...
+
+    def run_each(self, statements: Mapping[str, str], cases: Sequence[Case]) -> "list[dict[str, pa.Table]]":
+        """For each case what `run_all` answers, in order; in one pass over the cases where that is cheaper."""
         ...

@@ -1,6 +1,6 @@
 """Features by DuckDB in this process: the default."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +8,7 @@ from dagster import ConfigurableResource
 from pydantic import Field
 
 from mlops_dagster.core.errors import DataError, DeclarationError
+from mlops_dagster.resources.feature_engine import Case
 from mlops_dagster.resources.feature_engine.answers import checked_parameters, checked_tables, normal, wrong
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ class DuckDBEngine(ConfigurableResource):
         values = checked_parameters(parameters)
         with self._connection(checked_tables(tables)) as connection:
             return {name: _answer(connection, sql, values) for name, sql in statements.items()}
+
+    def run_each(self, statements: Mapping[str, str], cases: Sequence[Case]) -> "list[dict[str, pa.Table]]":
+        return [self.run_all(statements, tables, parameters) for tables, parameters in cases]
 
     @contextmanager
     def _connection(self, tables: Mapping[str, Any]) -> "Iterator[duckdb.DuckDBPyConnection]":

@@ -1,12 +1,14 @@
 """Features by Ray: one task per statement, each running DuckDB where Ray puts it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dagster import ConfigurableResource
 from pydantic import Field
 
 from mlops_dagster.core.errors import MlopsError, ServingError
+from mlops_dagster.resources.feature_engine import Case
 from mlops_dagster.resources.feature_engine.answers import checked_parameters, checked_tables
 from mlops_dagster.resources.feature_engine.duckdb_engine import DuckDBEngine
 
@@ -28,17 +30,25 @@ class RayEngine(ConfigurableResource):
     def run_all(
         self, statements: Mapping[str, str], tables: Mapping[str, Any], parameters: Mapping[str, Any] | None = None
     ) -> "dict[str, pa.Table]":
-        values, inputs = checked_parameters(parameters), checked_tables(tables)
+        return self.run_each(statements, [(tables, parameters or {})])[0]
+
+    def run_each(self, statements: Mapping[str, str], cases: Sequence[Case]) -> "list[dict[str, pa.Table]]":
+        """All statements of all cases are handed to Ray at once, so that every processor has work until the last is done."""
+        checked = [(checked_tables(tables), checked_parameters(parameters)) for tables, parameters in cases]
         ray = self._ray()
-        stored = {name: table if isinstance(table, list) else ray.put(table) for name, table in inputs.items()}
         task = ray.remote(num_cpus=self.threads)(_answer)
-        engine = DuckDBEngine(threads=self.threads, memory_limit=self.memory_limit)
-        started = {
-            name: task.remote(engine.threads, engine.memory_limit, sql, [*stored], values, *stored.values())
-            for name, sql in statements.items()
-        }
+        started = []
+        for tables, values in checked:
+            stored = [table if isinstance(table, list) else ray.put(table) for table in tables.values()]
+            call = (self.threads, self.memory_limit)
+            started.append({name: task.remote(*call, sql, [*tables], values, *stored) for name, sql in statements.items()})
+        with self._answering(ray):
+            return [dict(zip(tasks, ray.get([*tasks.values()]), strict=True)) for tasks in started]
+
+    @contextmanager
+    def _answering(self, ray: Any) -> Iterator[None]:
         try:
-            return dict(zip(started, ray.get([*started.values()]), strict=True))
+            yield
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, MlopsError):
                 raise error.cause from None

@@ -2,20 +2,25 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Any
 
 from dagster import ConfigurableResource
 from pydantic import Field
 
-from mlops_dagster.core.errors import DataError, DeclarationError, ServingError
+from mlops_dagster.core.errors import DeclarationError, ServingError
+from mlops_dagster.resources.feature_engine import Case, spark_tables
 from mlops_dagster.resources.feature_engine.answers import checked_parameters, checked_tables, normal, wrong
+from mlops_dagster.resources.feature_engine.spark_tables import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from pyspark.sql import SparkSession
     from sqlglot import exp
+
+
+CASES_AT_ONCE = 16  # Spark's planner takes longer than a job does from about a hundred branches on
 
 
 class SparkEngine(ConfigurableResource):
@@ -36,12 +41,27 @@ class SparkEngine(ConfigurableResource):
         inputs = checked_tables(tables)
         translated = {name: translate(sql, values) for name, sql in statements.items()}
         session = self._session()
-        views = {name: _view(session, name, table) for name, table in inputs.items()}
-        try:
+        with spark_tables.views(session, inputs):
             return {name: _answer(session, statements[name], sql, sorted(inputs)) for name, sql in translated.items()}
-        finally:
-            for name in views:
-                session.catalog.dropTempView(name)
+
+    def run_each(self, statements: Mapping[str, str], cases: Sequence[Case]) -> "list[dict[str, pa.Table]]":
+        """Up to CASES_AT_ONCE cases are one Spark statement: planning and starting a job costs more than a day's rows."""
+        found: list[dict[str, pa.Table]] = []
+        for begin in range(0, len(cases), CASES_AT_ONCE):
+            some = cases[begin : begin + CASES_AT_ONCE]
+            found += [self.run_all(statements, *some[0])] if len(some) == 1 else self._at_once(statements, some)
+        return found
+
+    def _at_once(self, statements: Mapping[str, str], cases: Sequence[Case]) -> "list[dict[str, pa.Table]]":
+        inputs = [checked_tables(tables) for tables, _ in cases]
+        values = [checked_parameters(parameters) for _, parameters in cases]
+        tables = sorted(inputs[0])
+        united = {name: spark_tables.united([translate(sql, one) for one in values], tables) for name, sql in statements.items()}
+        session = self._session()
+        with spark_tables.views_of_each(session, inputs):
+            answers = {name: _answer(session, statements[name], sql, tables) for name, sql in united.items()}
+        apart = {name: spark_tables.apart(answer, len(cases)) for name, answer in answers.items()}
+        return [{name: tables[position] for name, tables in apart.items()} for position in range(len(cases))]
 
     def _session(self) -> "SparkSession":
         from pyspark.sql import SparkSession
@@ -78,47 +98,13 @@ def _require_java() -> None:
         )
 
 
-def _view(session: "SparkSession", name: str, table: "pa.Table | list[str]") -> None:
-    try:
-        if isinstance(table, list):
-            frame = session.read.option("mergeSchema", "true").option("recursiveFileLookup", "true").parquet(*table)
-        else:
-            frame = session.createDataFrame(_spark_types(table))
-    except Exception as error:  # an unreadable file and a type that Spark does not have
-        raise DataError(
-            f"table {name!r}: cannot be read by Spark ({_first_line(error)}). Materialize those partitions again."
-        ) from error
-    frame.createOrReplaceTempView(name)
-
-
-def _spark_types(table: "pa.Table") -> "pa.Table":
-    """Spark knows neither unsigned integers nor nanoseconds."""
-    import pyarrow as pa
-
-    schema = []
-    for field in table.schema:
-        kind = field.type
-        if pa.types.is_unsigned_integer(kind):
-            kind = pa.int64()
-        elif pa.types.is_timestamp(kind):
-            kind = pa.timestamp("us", tz=kind.tz)
-        elif pa.types.is_null(kind):
-            kind = pa.string()
-        schema.append(pa.field(field.name, kind))
-    return table.cast(pa.schema(schema))
-
-
 def _answer(session: "SparkSession", sql: str, translated: str, tables: list[str]) -> "pa.Table":
     try:
         return normal(session.sql(translated).toArrow())
     except Exception as error:  # analysis and run time errors come in many classes
         raise wrong(
-            sql, RuntimeError(_first_line(error)), f"The tables are: {', '.join(tables)}. For Spark it reads:\n{translated}\n"
+            sql, RuntimeError(first_line(error)), f"The tables are: {', '.join(tables)}. For Spark it reads:\n{translated}\n"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def translate(sql: str, values: Mapping[str, Any]) -> str:

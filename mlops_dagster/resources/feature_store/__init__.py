@@ -55,6 +55,14 @@ class FeatureStore(Protocol):
         ...
 
 
+class HasMoments(Protocol):
+    """A store that can tell how fresh its online values are."""
+
+    def stored_at(self, model: str, view: str, rows: Sequence[Mapping[str, Any]]) -> list[datetime | None]:
+        """The event time of what is online of a view for each row's entity (join keys in), None where nothing is."""
+        ...
+
+
 class HasSignature(Protocol):
     """A store that can tell what was applied last."""
 

@@ -103,6 +103,9 @@ class FeastStore(ConfigurableResource):
     def online(self, model: str, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return _online_features(self._repo(model), model).complete(rows)
 
+    def stored_at(self, model: str, view: str, rows: Sequence[Mapping[str, Any]]) -> list[datetime | None]:
+        return _online_features(self._repo(model), model).stored_at(view, rows)
+
     def _never_applied(self, model: str) -> NotFoundError:
         return NotFoundError(
             f"features of model {model!r}: never applied in {self._repo(model)}. Materialize its `features` first."
@@ -124,11 +127,9 @@ class FeastStore(ConfigurableResource):
         )
 
     def _yaml(self, model: str) -> str:
-        import yaml
-
         # a corrected row has the time of the row it corrects: Redis would drop it; feast_online compares the times itself
         extra = {"skip_dedup": True} if self.online_store.get("type") == "redis" else {}
-        return yaml.safe_dump(
+        return _dumped(
             {
                 "project": model,
                 "provider": "local",
@@ -136,8 +137,7 @@ class FeastStore(ConfigurableResource):
                 "offline_store": self.offline_store,
                 "online_store": extra | self.online_store,
                 "entity_key_serialization_version": 3,
-            },
-            sort_keys=True,
+            }
         )
 
     def _register(self, model: str, objects: list[Any], text: str) -> None:
@@ -171,6 +171,20 @@ class FeastStore(ConfigurableResource):
         if not registry.exists():
             raise self._never_applied(model)
         return feast_definitions.opened(self._repo(model), registry.stat().st_mtime_ns)
+
+
+def _dumped(config: dict[str, Any]) -> str:
+    """YAML in which text with `${NAME}` is quoted: Feast puts the value there before it reads the YAML."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if "${" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(config, Dumper=Dumper, sort_keys=True, width=10_000)
 
 
 @functools.lru_cache(maxsize=16)

@@ -119,6 +119,30 @@ class EngineContract:
             pq.write_table(whole.slice(number * 100, 100), paths[-1])
         assert_same(engine.run(DAILY, {"flights": paths}, PARAMETERS), reference["daily"])
 
+    def test_several_cases_give_what_each_gives_alone(self, engine: FeatureEngine, tmp_path: Path) -> None:
+        """Every case sees its own files only; a column that some of the files lack is null there."""
+        whole, files = flights(), []
+        for number in range(4):
+            part = whole.slice(number * 100, 100)
+            files.append(str(tmp_path / f"{number}.parquet"))
+            pq.write_table(part.drop_columns(["seats"]) if number == 3 else part, files[-1])
+        days = [DAY + dt.timedelta(days=n - 1) for n in range(3)]
+        every = [{**PARAMETERS, "day_start": day, "day_end": day + dt.timedelta(days=1)} for day in days]
+        for given in ([files[:2], files[1:3], files[2:]], [whole.slice(n * 100, 200) for n in range(3)]):
+            cases = [({"flights": table, "weather": weather()}, one) for table, one in zip(given, every, strict=True)]
+            answers = engine.run_each(STATEMENTS, cases)
+            counted = [answer["daily"].num_rows for answer in answers]
+            assert min(counted) > 0
+            for answer, (sources, values) in zip(answers, cases, strict=True):
+                assert [*answer] == [*STATEMENTS]
+                for name, alone in engine.run_all(STATEMENTS, sources, values).items():
+                    assert_same(answer[name], alone)
+
+    def test_no_case_and_one_case(self, engine: FeatureEngine, reference: dict[str, pa.Table]) -> None:
+        assert engine.run_each(STATEMENTS, []) == []
+        (answer,) = engine.run_each({"daily": DAILY}, [(tables(), PARAMETERS)])
+        assert_same(answer["daily"], reference["daily"])
+
     def test_tables_may_come_from_polars_and_pandas(self, engine: FeatureEngine, reference: dict[str, pa.Table]) -> None:
         frames = {"flights": pl.DataFrame(flights()), "weather": weather().to_pandas()}
         assert_same(engine.run(AS_OF, frames, PARAMETERS), reference["as_of"])

@@ -1,0 +1,108 @@
+"""Late rows of a source: found by the sensor, told by a check, shown as unsynced by Dagster, and without effect on old training sets."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lifecycle import parcels_csv
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, dict]:
+    """What each step of `late_life.py` saw, on a source whose last day is 2024-02-14."""
+    folder = tmp_path_factory.mktemp("late")
+    shutil.copytree(HERE / "own_project", folder / "project")
+    declared = folder / "project/parcels/defs/late_parcel/defs.yaml"
+    declared.write_text(declared.read_text().replace("end: 2024-02-29", "end: 2024-02-14"))
+    parcels_csv.write(folder / "parcels.csv")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder / "project"),
+        "PARCELS_CSV": str(folder / "parcels.csv"),
+        "MLOPS_HOME": str(folder / "state"),
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(folder),
+    }
+    done = subprocess.run(
+        [sys.executable, str(HERE / "late_life.py")], env=environment, capture_output=True, text=True, timeout=600, cwd=HERE
+    )
+    lines = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
+    assert done.returncode == 0, f"after {[line['step'] for line in lines]}: {done.stderr[-6000:]}"
+    return {line.pop("step"): line for line in lines}
+
+
+def test_before_a_training_set_and_a_version_the_checks_pass_and_say_so(seen):
+    checks = seen["ingest"]["checks"]
+    assert checks["training_set.late_data"] == [True, "there is no training set yet", "WARN"]
+    passed, because, severity = checks["features.learned_expectations"]
+    assert (passed, because, severity) == (True, "no version has been registered yet, so there is no reference", "WARN")
+
+
+def test_usual_days_are_as_the_version_was_trained_and_not_late(seen):
+    checks = seen["more days"]["checks"]
+    assert checks["features.learned_expectations"][:2] == [True, "2 features are as version 1 was trained on"]
+    assert checks["training_set.late_data"][0]
+    assert seen["train on all"]["checks"]["training_set.late_data"][0]
+
+
+def test_recorded_days_are_as_fresh_as_they_were(seen):
+    for step in ("ingest", "more days", "the rest of that day"):
+        passed, because, _ = seen[step]["checks"]["features.online_freshness"]
+        assert passed, because
+    assert "1 views at most 0.0 h old, limit 30.0 h" in seen["more days"]["checks"]["features.online_freshness"][1]
+    assert "the end of 2024-02-14" in seen["more days"]["checks"]["features.online_freshness"][1]
+
+
+def test_the_sensor_reads_the_newest_days_again_once_and_ingests_only_what_changed(seen):
+    assert seen["same rows"]["asked"] == []
+    assert seen["same rows"]["skipped"] == "2024-02-14 was read again; its rows are the stored ones"
+    ((day, run_key, reason),) = seen["late rows"]["asked"]
+    assert day == "2024-02-13"
+    assert run_key.startswith("late_parcel:ingest:2024-02-13:")
+    assert reason == "late data: the source has other rows of 2024-02-13 than the lake"
+    assert seen["nothing left"]["asked"] == []
+    assert seen["nothing left"]["skipped"].startswith("every ended day is in the lake")
+
+
+def test_the_check_names_the_day_both_hashes_and_what_was_made_of_the_old_content(seen):
+    passed, because, severity = seen["late rows"]["checks"]["training_set.late_data"]
+    assert (passed, severity) == (False, "WARN")
+    assert "2024-02-13 rows: " in because
+    assert " was used, it is " in because
+    made = "late_parcel/training_set, late_parcel/best_parameters, late_parcel/trained_model, late_parcel/evaluation, version 2"
+    assert f"Made of the old content: {made}" in because
+    assert "version 1" not in because  # trained on the days before
+
+
+def test_dagster_shows_what_lies_downstream_as_unsynced(seen):
+    assert set(seen["before"].values()) == {"FRESH"}
+    late = seen["after late rows"]
+    assert late["training_set"] == "STALE"
+    assert late["features 2024-02-13"] == "FRESH"  # made again with its day
+    assert late["features 2024-02-14"] == "STALE"  # its look-back has other rows now
+    assert late["features 2024-02-11"] == "FRESH"
+    alone = seen["after raw data alone"]
+    assert alone["validated_data 2024-02-02"] == "STALE"
+    assert seen["after training again"]["training_set"] == "FRESH"
+
+
+def test_training_again_takes_the_late_rows_and_keeps_what_was_known_before(seen):
+    passed, because, _ = seen["trained again"]["checks"]["training_set.late_data"]
+    assert passed
+    assert because.endswith("versions that were made of other content: version 1, version 2 (candidate)"), because
+    assert seen["rows"]["second"] == seen["rows"]["first"] + 120
+    assert seen["rows"]["same"]
+
+
+def test_a_day_unlike_the_reference_is_a_warning_with_column_share_and_examples(seen):
+    passed, because, severity = seen["a day unlike the others"]["checks"]["features.learned_expectations"]
+    assert (passed, severity) == (False, "WARN")
+    assert "2024-02-14 depot_record: depot_parcels: 100.0% of the rows are not in [" in because
+    assert "(such as " in because
