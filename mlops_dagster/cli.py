@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlops_dagster import cli_data, cli_keys, cli_lineage
 from mlops_dagster.core.errors import MlopsError
 
 app = typer.Typer(
@@ -77,20 +78,23 @@ def predict(
     instances: Annotated[str, typer.Argument(help="JSON: one row, a list of rows, or @FILE.")],
 ) -> None:
     """Ask the deployed version, through the gateway, as a client would."""
-    from mlops_dagster.requests import ask
+    from mlops_dagster.requests import client_of
 
     text = Path(instances[1:]).read_text() if instances.startswith("@") else instances
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise typer.BadParameter(f'not JSON ({error}); give one row such as {{"origin": "JFK", …}} or a list of rows') from None
-    print(json.dumps(ask(resources()["serving"].endpoint(model), model, rows if isinstance(rows, list) else [rows])))
+    print(json.dumps(client_of(resources()["serving"], model).predict(model, rows if isinstance(rows, list) else [rows])))
 
 
 rollouts = typer.Typer(no_args_is_help=True, help="Steer the rollout of a version.")
 app.add_typer(rollouts, name="rollout")
 ledger_commands = typer.Typer(no_args_is_help=True, help="Every decision: read it, verify it.")
 app.add_typer(ledger_commands, name="ledger")
+app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_keys.app, name="keys")
+app.registered_commands += cli_lineage.app.registered_commands
 
 
 @rollouts.command()

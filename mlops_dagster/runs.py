@@ -1,10 +1,11 @@
 """Running jobs and evaluating sensors of the code location in this process, on the persistent instance."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dagster as dg
 
+from mlops_dagster.core import errors
 from mlops_dagster.core.errors import TerminalError
 
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
@@ -26,8 +27,9 @@ class Runner:
         days: tuple[str, str] | None = None,
         run_config: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        only: Sequence[dg.AssetKey] | None = None,
     ) -> dg.ExecuteInProcessResult:
-        """Run a job for one day, for all days from the first to the last in one run, or without partition.
+        """Run a job, or only some of its assets, for one day, for all days from the first to the last in one run, or without partition.
 
         Raises TerminalError with the failed step's own message.
         """
@@ -38,6 +40,7 @@ class Runner:
             run_config={**QUIET, **(run_config or {})},
             tags={**(tags or {}), **ranged},
             raise_on_error=False,
+            asset_selection=only,
         )
         if not result.success:
             raise TerminalError(f"the run {result.run_id} of {job} failed: {failure(result)}")
@@ -79,7 +82,13 @@ def failure(result: dg.ExecuteInProcessResult) -> str:
             told = event.step_failure_data.user_failure_data
             if told is not None and told.description:
                 return told.description
-            while error is not None and error.cause is not None:
-                error = error.cause
-            return error.message.strip() if error is not None else "no reason was recorded"
+            return _told(error) if error is not None else "no reason was recorded"
     return "see its log in the Dagster UI"
+
+
+def _told(error: Any) -> str:
+    """The message of the first error of ours in a chain of causes, which says what to do; of the last where none is ours."""
+    ours = {kind.__name__ for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MlopsError)}
+    while error.cause is not None and error.cls_name not in ours:
+        error = error.cause
+    return error.message.strip()

@@ -9,6 +9,7 @@ from mlops_dagster.assets.metadata import column_schema, table
 from mlops_dagster.assets.smoke import REQUEST_ID_PREFIX
 from mlops_dagster.assets.stage import check_result, days, stage
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage.request_search import store_index
 
 STAGE = "inference_log"
 CHECKS = {
@@ -34,6 +35,7 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         made = {day: callers_only(context.resources.inference_segments.read(spec.name, day)) for day in days(context)}
         stored = [context.resources.data_lake.write(day_key(spec, STAGE, day), rows) for day, rows in made.items()]
         for day, rows in made.items():
+            store_index(context.resources.data_lake, spec.name, day.isoformat(), rows)
             context.add_asset_metadata(
                 {"dagster/partition_row_count": rows.num_rows, "by_arm": table(_by_arm(rows))}, partition_key=day.isoformat()
             )

@@ -8,6 +8,7 @@ from typing import Any
 
 from mlops_dagster.core.errors import NotFoundError, TerminalError
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage import quarantine
 from mlops_dagster.resources.data_lake import Lake
 
 
@@ -18,10 +19,11 @@ def day_key(spec: ModelSpec, stage: str, day: dt.date, table: str | None = None,
 
 
 def stored_days(lake: Lake, spec: ModelSpec, stage: str, table: str | None = None, suffix: str = "parquet") -> list[dt.date]:
-    """The days of a stage that the lake has, in order."""
+    """The days of a stage that the lake has, in order; of validated data only those that are not in quarantine."""
     prefix = f"{spec.name}/{stage}/{table}/" if table else f"{spec.name}/{stage}/"
     names = (k.removeprefix(prefix) for k in lake.list(prefix))
-    return sorted(dt.date.fromisoformat(n.removesuffix(f".{suffix}")) for n in names if n.endswith(f".{suffix}") and "/" not in n)
+    stored = {dt.date.fromisoformat(n.removesuffix(f".{suffix}")) for n in names if n.endswith(f".{suffix}") and "/" not in n}
+    return sorted(stored - quarantine.days(lake, spec.name) if stage == "validated_data" else stored)
 
 
 def tables(lake: Lake, spec: ModelSpec, stage: str = "validated_data") -> list[str]:

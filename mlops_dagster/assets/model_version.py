@@ -82,8 +82,10 @@ def register(
         "last_day": training_set["last_day"],
         "rows": training_set["train_rows"],
         "dvc_commit": training_set["dvc_commit"],
+        "inputs": training_set.get("inputs"),
         "parameters": model["parameters"],
         "code": model["code"],
+        "revision": model.get("revision"),
         "lock": model["lock"],
     }
     with local_copy(lake, spec, evaluated["digest"]) as folder, tempfile.TemporaryDirectory() as temporary:

@@ -6,14 +6,17 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
-from mlops_dagster.assets import leakage
+from mlops_dagster.assets import late_data, leakage
 from mlops_dagster.assets.arrow import pc
 from mlops_dagster.assets.lake_paths import day_key, day_range, stored_days, tables, write_manifest
 from mlops_dagster.assets.metadata import column_schema, picture
+from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, stage
 from mlops_dagster.core.errors import DataError, NotFoundError
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage import quarantine, training_record
 from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.data_versions import DataVersions
 
 STAGE = "training_set"
 CHECKS = {
@@ -38,7 +41,7 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         STAGE,
         description="Point-in-time join of labels and features; the last days are held out. Its hash identifies it.",
         kinds={"feast", "parquet"},
-        needs=["validated_data", "features"],
+        needs=["validated_data", "features", late_data.CORRECTIONS],
         resources={"data_lake", "data_versions", f"feature_engine_{spec.features.engine}", "feature_store"},
         checks=CHECKS,
     )
@@ -47,11 +50,16 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
         window = covered_days(spec, lake, config.through)
         entities, labelled = entity_rows(spec, lake, store.signature(spec.name), window)
+        quarantine.require_recomputed(lake, spec.name, window)
         features = [name for name, _ in store.signature(spec.name).features]
         rows = joined(spec, features, store, entities, window)
         stored = lake.write(f"{spec.name}/{STAGE}/{rows_digest(rows)[:16]}.parquet", rows)
-        revision = context.resources.data_versions.record([stored.key], f"{spec.name}: training set through {window[-1]}")
-        manifest = _manifest(spec, features, rows, stored, window, revision.commit)
+        manifest = _manifest(spec, features, rows, stored, window)
+        manifest["inputs"] = _inputs(spec, lake, context.resources.data_versions, manifest, window)
+        keys = [stored.key, manifest["inputs"]["key"]]
+        manifest["dvc_commit"] = context.resources.data_versions.record(
+            keys, f"{spec.name}: training set through {window[-1]}"
+        ).commit
         version = write_manifest(lake, spec, STAGE, manifest)
         return dg.MaterializeResult(
             metadata=_metadata(spec, rows, manifest),
@@ -118,9 +126,16 @@ def rows_digest(rows: pa.Table) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def _manifest(
-    spec: ModelSpec, features: list[str], rows: pa.Table, stored: Any, window: list[dt.date], commit: str
-) -> dict[str, Any]:
+def _inputs(
+    spec: ModelSpec, lake: Lake, versions: DataVersions, manifest: dict[str, Any], window: list[dt.date]
+) -> dict[str, str]:
+    """Store what the training set was made of; where that lies and its hash."""
+    queries, without = load_callable(spec, "features.compute")(), sorted(quarantine.days(lake, spec.name))
+    record = training_record.describe(spec, versions, queries, tables(lake, spec), manifest, window, without)
+    return training_record.store(lake, spec.name, record)
+
+
+def _manifest(spec: ModelSpec, features: list[str], rows: pa.Table, stored: Any, window: list[dt.date]) -> dict[str, Any]:
     split = rows["split"].to_numpy(zero_copy_only=False)
     return {
         "key": stored.key,
@@ -133,7 +148,6 @@ def _manifest(
         "rows": rows.num_rows,
         "train_rows": int((split == "train").sum()),
         "test_rows": int((split == "test").sum()),
-        "dvc_commit": commit,
     }
 
 

@@ -36,6 +36,8 @@ ROLLBACK = "rollback"
 ROLLOUT_ABORTED = "rollout_aborted"
 ROLLOUT_SUPERSEDED = "rollout_superseded"
 RETRAINING = "retraining"
+QUARANTINE = "quarantine"
+QUARANTINE_LIFTED = "quarantine_lifted"
 
 
 @dataclass(frozen=True)

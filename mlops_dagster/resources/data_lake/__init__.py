@@ -67,6 +67,10 @@ class BlobStore(Protocol):
         """The stored bytes. Raises NotFoundError for a key that does not exist."""
         ...
 
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """Of each key in the prefix's folder that begins with it, a text that is another one once the key was replaced; reads no content."""
+        ...
+
 
 class Lake(DataLake, BlobStore, Protocol):
     """What every lake backend offers."""

@@ -13,6 +13,7 @@ from pydantic import Field
 from mlops_dagster.core.errors import StorageError
 from mlops_dagster.resources.data_lake import StoredFile, checked_key
 from mlops_dagster.resources.data_lake.parquet import as_table, from_parquet, joined, stored, to_parquet, unknown
+from mlops_dagster.resources.data_lake.stamps import folder_stamps
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -96,6 +97,9 @@ class FolderLake(ConfigurableResource):
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+
+    def stamps(self, prefix: str) -> dict[str, str]:
+        return folder_stamps(Path(self.root).absolute(), prefix)
 
     def list(self, prefix: str = "") -> list[str]:  # last in the class: it hides the built-in list from annotations below it
         base, found = Path(self.root).absolute(), []

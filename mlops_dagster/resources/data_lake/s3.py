@@ -103,11 +103,17 @@ class S3Lake(ConfigurableResource):
                 f"check the endpoint, the bucket {self.bucket!r} and the credentials, then run it again."
             ) from error
 
-    def list(self, prefix: str = "") -> list[str]:  # last in the class: it hides the built-in list from annotations below it
+    def stamps(self, prefix: str) -> dict[str, str]:
+        """The ETags; one request for each thousand keys."""
         begin = f"{self.prefix.strip('/')}/" if self.prefix.strip("/") else ""
         with self._errors(prefix, "list"):
             pages = self._connected().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=begin + prefix)
-            return sorted(item["Key"].removeprefix(begin) for page in pages for item in page.get("Contents", ()))
+            return {
+                item["Key"].removeprefix(begin): item["ETag"].strip('"') for page in pages for item in page.get("Contents", ())
+            }
+
+    def list(self, prefix: str = "") -> list[str]:  # last in the class: it hides the built-in list from annotations below it
+        return sorted(self.stamps(prefix))
 
 
 def _holds(client: Any, address: dict[str, str], made: StoredFile) -> bool:

@@ -1,0 +1,199 @@
+"""What a raw partition touched: training sets, versions, deployments and predictions, and what follows if it was bad."""
+
+import datetime as dt
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.ledger import Entry
+from mlops_dagster.lineage import quarantine, request_search, training_record
+from mlops_dagster.lineage.deployments import spells
+from mlops_dagster.lineage.places import Places
+from mlops_dagster.lineage.training_record import TrainingRecord
+from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.data_versions import DataVersions
+from mlops_dagster.resources.registry import Version
+
+PARTITION = re.compile(r"raw_data/(\d{4}-\d{2}-\d{2})")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Where a raw day of a model went; every list is in order of time, moments are ISO 8601.
+
+    `partitions`: its lake keys with their MD5 now (None: no longer there) and every MD5 that they had. `feature_days`: first and last day
+    whose features read it, `row_days`: whose rows may carry such a feature (a value that nothing replaces is carried until its TTL).
+    """
+
+    model: str
+    partition: str
+    quarantined: Mapping[str, Any] | None
+    partitions: Sequence[Mapping[str, Any]]
+    feature_days: tuple[str, str]
+    row_days: tuple[str, str]
+    training_sets: Sequence[Mapping[str, Any]]
+    versions: Sequence[Mapping[str, Any]]
+    deployments: Sequence[Mapping[str, Any]]
+    predictions: Sequence[Mapping[str, Any]]
+    advice: Sequence[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def day_of(partition: str) -> dt.date:
+    """The day of `raw_data/YYYY-MM-DD`. Raises DataError for anything else."""
+    found = PARTITION.fullmatch(partition)
+    try:
+        return dt.date.fromisoformat(found[1] if found else partition)
+    except ValueError:
+        raise DataError(f"partition {partition!r}: give it as raw_data/YYYY-MM-DD, such as raw_data/2013-02-17") from None
+
+
+def spread(
+    places: Places,
+    lake: Lake,
+    data: DataVersions,
+    registered: Sequence[Version],
+    model: str,
+    day: dt.date,
+    lookback_days: int,
+) -> Spread | None:
+    """Where a raw day of a model went, or None for a day that it never had. `lookback_days`: of the features as declared now."""
+    partitions = _partitions(lake, data, model, day)
+    if not partitions:
+        return None
+    records = [training_record.load(lake, key) for key in lake.list(f"{model}/{training_record.FOLDER}/")]
+    touched = [r for r in records if r.touches(day)]
+    versions = [v for v in registered if _rests_on(v, touched, day, lookback_days)]
+    entries = places.entries(model)
+    numbers = {str(v.number) for v in versions}
+    live = [s for s in spells(entries, model) if s.version in numbers]
+    rows = training_record.reached(day, lookback_days)
+    return Spread(
+        model,
+        f"raw_data/{day}",
+        quarantine.read(lake, model)["days"].get(day.isoformat()),
+        partitions,
+        (day.isoformat(), (day + dt.timedelta(days=lookback_days)).isoformat()),
+        (rows[0].isoformat(), rows[1].isoformat()),
+        _training_sets(touched, day, partitions, versions),
+        [_version(v) for v in versions],
+        [_deployment(s.version, s.since, s.until, s.began) for s in live],
+        _predictions(places, model, numbers, rows),
+        advice(model, entries, registered, numbers),
+    )
+
+
+def _partitions(lake: Lake, data: DataVersions, model: str, day: dt.date) -> list[dict[str, Any]]:
+    prefix, name = f"{model}/raw_data/", f"{day}.parquet"
+    now = data.contents(prefix)
+    had: dict[str, list[dict[str, Any]]] = {}
+    for revision in reversed(data.history(prefix)):
+        for key, md5 in revision.files.items():
+            if key.rpartition("/")[2] == name:
+                had.setdefault(key, []).append({"md5": md5, "at": revision.at.isoformat(), "commit": revision.commit})
+    untracked = [k for k in lake.list(prefix) if k.rpartition("/")[2] == name and k not in had]
+    return [{"key": k, "md5": now.get(k), "revisions": had.get(k, [])} for k in sorted([*had, *untracked])]
+
+
+def _rests_on(version: Version, touched: Iterable[TrainingRecord], day: dt.date, lookback_days: int) -> bool:
+    """By the version's record, or, for one from before there were records, by its days."""
+    if version.evidence.get("inputs"):
+        return version.evidence.get("training_set") in {r.training_set for r in touched}
+    try:
+        first, last = (dt.date.fromisoformat(str(version.evidence[name])) for name in ("first_day", "last_day"))
+    except (KeyError, ValueError):
+        return False
+    begin, end = training_record.reach(first, last, lookback_days)
+    return begin <= day <= end
+
+
+def _training_sets(
+    touched: Sequence[TrainingRecord], day: dt.date, partitions: Sequence[Mapping[str, Any]], versions: Sequence[Version]
+) -> list[dict[str, Any]]:
+    now = {p["key"]: p["md5"] for p in partitions}
+    told = [
+        {
+            "training_set": r.training_set,
+            "first_day": r.days[0],
+            "last_day": r.days[-1],
+            "rows_of_the_day": day.isoformat() in r.days,
+            "used": r.touches(day),
+            "same_as_now": all(now.get(key) == md5 for key, md5 in r.touches(day).items()),
+        }
+        for r in touched
+    ]
+    recorded = {r.training_set for r in touched}
+    told += [
+        {
+            "training_set": v.evidence.get("training_set"),
+            "first_day": v.evidence.get("first_day"),
+            "last_day": v.evidence.get("last_day"),
+            "rows_of_the_day": str(v.evidence.get("first_day")) <= day.isoformat(),
+            "used": {},
+            "same_as_now": None,
+        }
+        for v in versions
+        if v.evidence.get("training_set") not in recorded
+    ]
+    return sorted(told, key=lambda t: (str(t["last_day"]), str(t["training_set"])))
+
+
+def _version(version: Version) -> dict[str, Any]:
+    approval = version.approval
+    return {
+        "version": version.number,
+        "training_set": version.evidence.get("training_set"),
+        "decision": approval.decision if approval else None,
+        "aliases": list(version.aliases),
+    }
+
+
+def _deployment(version: str, since: dt.datetime, until: dt.datetime | None, began: Entry) -> dict[str, Any]:
+    return {
+        "version": int(version),
+        "since": since.isoformat(),
+        "until": until.isoformat() if until else None,
+        "entry": began.sequence,
+        "kind": began.kind,
+        "reason": began.reason,
+    }
+
+
+def _predictions(places: Places, model: str, touched: set[str], rows: tuple[dt.date, dt.date]) -> list[dict[str, Any]]:
+    """Each collected day with predictions of a touched version (`trained_on_it`) or on features of the partition (`featured_by_it`)."""
+    told = []
+    for key, index in request_search.indexes(places, model):
+        day = dt.date.fromisoformat(key.rpartition("/")[2].removesuffix(".parquet"))
+        featured = rows[0] <= day <= rows[1]
+        trained = sum(n for version, n in index.summary.versions.items() if version in touched)
+        if trained or (featured and index.summary.rows):
+            told.append({"day": str(day), "trained_on_it": trained, "featured_by_it": index.summary.rows if featured else 0})
+    return told
+
+
+def advice(model: str, entries: Sequence[Entry], registered: Sequence[Version], touched: set[str]) -> list[str]:
+    """What is to be done if the partition was bad: which versions to reject, roll back or retrain."""
+    live = sorted({s.version for s in spells(entries, model) if s.until is None and s.version in touched}, key=int)
+    champion = next((v for v in registered if "champion" in v.aliases), None)
+    previous = next((v for v in registered if "previous" in v.aliases), None)
+    waiting = [v for v in registered if str(v.number) in touched and v.approval is None]
+    told = [f"reject version {v.number}, which waits for approval: mlops reject {model} {v.number} --by NAME" for v in waiting]
+    if champion is not None and str(champion.number) in touched:
+        if previous is not None and str(previous.number) not in touched:
+            told.append(
+                f"version {champion.number} is champion and rests on it; version {previous.number} does not: mlops rollback {model} --by NAME"
+            )
+        told.append(f"retrain {model} without it (job {model}_train) and replace version {champion.number}")
+    elif live:
+        told.append(f"end the rollout of version {', '.join(live)}, which rests on it: mlops rollout abort {model} --by NAME")
+    return told
+
+
+def unknown(models: Sequence[str], partition: str) -> NotFoundError:
+    """The error for a partition that no model has."""
+    return NotFoundError(f"{partition}: no raw partition of {', '.join(models) or 'any model'}; see `mlops data log MODEL`")

@@ -1,0 +1,97 @@
+"""A model's part of the lake as it was: in the lake itself, or as a copy in a folder."""
+
+import datetime as dt
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.data_versions import DataVersions
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """What was done: the keys that were written and removed, how many were equal already, and the revision that records it (if any)."""
+
+    written: tuple[str, ...]
+    removed: tuple[str, ...]
+    equal: int
+    commit: str | None = None
+
+
+def revision_named(text: str, commit_of_version: Callable[[int], str]) -> str | dt.datetime:
+    """A revision from what a person types: a moment (ISO 8601; UTC where no zone is given), `v3` for the training set of version 3, or a
+    commit. Raises whatever `commit_of_version` does."""
+    if text[:1] in "vV" and text[1:].isdigit():
+        return commit_of_version(int(text[1:]))
+    try:
+        moment = dt.datetime.fromisoformat(text) if "-" in text else None
+    except ValueError:
+        raise NotFoundError(
+            f"revision {text!r}: neither a moment such as 2013-02-17T12:00, nor v and a version's number, nor a commit of `mlops data log`"
+        ) from None
+    return text if moment is None else moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
+
+
+def contents(versions: DataVersions, model: str, revision: str | dt.datetime | None) -> dict[str, str]:
+    """Every tracked key of a model with its MD5. Raises NotFoundError where the model has none then."""
+    found = versions.contents(f"{model}/", revision)
+    if not found:
+        raise NotFoundError(f"{model} has no tracked data at revision {revision or 'newest'}; see `mlops data log {model}`")
+    return found
+
+
+def diff(old: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(added | removed | changed, key) of each key that differs, by key."""
+    told = {key: "added" if key not in old else "removed" if key not in new else "changed" for key in {**old, **new}}
+    return [(told[key], key) for key in sorted(told) if old.get(key) != new.get(key)]
+
+
+def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.datetime) -> Checkout:
+    """Make the lake's tracked keys of a model equal to a revision.
+
+    What it replaces is recorded first, and the outcome afterwards, as revisions of their own, so nothing is lost. Each file is replaced
+    whole; killed and run again, it completes. Keys that are not tracked (reports, logs, manifests) stay.
+    """
+    decided = f"{model}/quarantine/"  # not data: what is out stays out
+    wanted, tracked = (
+        {key: md5 for key, md5 in found.items() if not key.startswith(decided)}
+        for found in (contents(versions, model, revision), versions.contents(f"{model}/"))
+    )
+    present = set(lake.list(f"{model}/"))
+    written = [k for k, md5 in wanted.items() if k not in present or _md5(lake.read_bytes(k)) != md5]
+    removed = sorted((tracked.keys() - wanted.keys()) & present)
+    changing = [*written, *removed]
+    if not changing:
+        return Checkout((), (), len(wanted))
+    # All bytes at hand before anything changes; and a moment may mean another revision once one more is recorded.
+    sources = {key: versions.restore(key, revision) for key in written}
+    if before := [key for key in changing if key in present]:
+        versions.record(before, f"{model}: before a checkout")
+    for key, source in sources.items():
+        lake.write_bytes(key, source.read_bytes())
+    for key in removed:
+        lake.delete(key)
+    named = revision.isoformat() if isinstance(revision, dt.datetime) else revision[:10]
+    commit = versions.record(changing, f"{model}: checkout of {named}").commit
+    return Checkout(tuple(written), tuple(removed), len(wanted) - len(written), commit)
+
+
+def in_folder(folder: Lake, versions: DataVersions, model: str, revision: str | dt.datetime) -> Checkout:
+    """Copy a revision's keys into another lake (a folder). Raises DataError where that holds other files of the model."""
+    wanted = contents(versions, model, revision)
+    present = set(folder.list(f"{model}/"))
+    foreign = sorted(key for key in present if key not in wanted or _md5(folder.read_bytes(key)) != wanted[key])
+    if foreign:
+        raise DataError(
+            f"--to holds {len(foreign)} files that are not of this revision, for example {foreign[0]}; give an empty folder"
+        )
+    written = [key for key in wanted if key not in present]
+    for key in written:
+        folder.write_bytes(key, versions.restore(key, revision).read_bytes())
+    return Checkout(tuple(written), (), len(wanted) - len(written))
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
