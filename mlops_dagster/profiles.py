@@ -1,22 +1,42 @@
-"""Where resources get their configuration, and nowhere else: `embedded` (one machine, Python packages only)."""
+"""Where resources get their configuration, and nowhere else: `embedded` (one machine, Python packages only), or servers by address."""
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import dagster as dg
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from mlops_dagster import backends
+
+if TYPE_CHECKING:
+    import dagster as dg
+
 
 class Settings(BaseSettings):
-    """The platform's settings, from environment variables `MLOPS_…`."""
+    """The platform's settings, from environment variables `MLOPS_…`; what is not set is a file below `home`.
 
-    model_config = SettingsConfigDict(env_prefix="MLOPS_")
+    S3 takes its endpoint from AWS_ENDPOINT_URL and its credentials from the standard AWS_… variables.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="MLOPS_", hide_input_in_errors=True)
 
     home: Path = Field(default=Path(".mlops"), description="Folder of everything that the embedded profile keeps.")
     profile: Literal["embedded"] = Field(default="embedded", description="Which backends are used.")
     ledger_url: str | None = Field(default=None, description="SQLAlchemy URL of the ledger; default: SQLite in `home`.")
+    lake_url: str | None = Field(default=None, description="s3://BUCKET/PREFIX of the data lake; default: a folder in `home`.")
+    dvc_remote: str | None = Field(
+        default=None,
+        description="Folder or s3://BUCKET/PREFIX that each recorded version is sent to at once; default: a folder in `home`, "
+        "sent to when asked.",
+    )
+    online_store: str = Field(default="sqlite", description="sqlite, redis://… or postgresql://… of Feast's online store.")
+    mlflow_url: str | None = Field(
+        default=None, description="http(s)://HOST:PORT of an MLflow server, or its database; default: SQLite in `home`."
+    )
+    wandb_project: str | None = Field(
+        default=None, description="W&B project that runs are mirrored to, as WANDB_MODE says (offline by default)."
+    )
 
     @property
     def root(self) -> Path:
@@ -25,44 +45,37 @@ class Settings(BaseSettings):
 
 
 def embedded(settings: Settings) -> dict[str, object]:
-    """Every resource of the embedded profile, on files below `settings.home`. Nothing is opened before it is used."""
+    """Every resource, on files below `settings.home` or where the settings say. Nothing is opened before it is used.
+
+    Raises DeclarationError naming the variable that is wrong. The online store's password goes into this process's environment,
+    where Feast looks for it, and into no file.
+    """
     from mlops_dagster.resources.artifact_cache import ArtifactCache
-    from mlops_dagster.resources.data_lake.folder import FolderLake
-    from mlops_dagster.resources.data_versions.dvc import DvcVersions
     from mlops_dagster.resources.drift_reports.evidently_reports import EvidentlyReports
     from mlops_dagster.resources.feature_engine.duckdb_engine import DuckDBEngine
     from mlops_dagster.resources.feature_engine.ray_engine import RayEngine
     from mlops_dagster.resources.feature_engine.spark_engine import SparkEngine
-    from mlops_dagster.resources.feature_store.feast_store import ASOF, FeastStore
     from mlops_dagster.resources.inference_segments import FolderSegments
     from mlops_dagster.resources.ledger.opened import LedgerResource
     from mlops_dagster.resources.live_metrics.gateway import GatewayMetrics
-    from mlops_dagster.resources.registry.mlflow_registry import MlflowRegistry
     from mlops_dagster.resources.serving.embedded import EmbeddedServing
-    from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
     from mlops_dagster.resources.training.local import LocalTrainer
     from mlops_dagster.resources.training.ray_trainer import RayTrainer
     from mlops_dagster.resources.tuning.optuna_tuner import OptunaTuner
     from mlops_dagster.resources.tuning.ray_tuner import RayTuner
 
     root = settings.root
-    lake, mlflow = str(root / "lake"), f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
-    artifacts = str(root / "mlflow" / "artifacts")
     return {
-        "data_lake": FolderLake(root=lake),
-        "data_versions": DvcVersions(root=lake, remote=str(root / "dvc_remote")),
+        **backends.lake(root, settings.lake_url, settings.dvc_remote),
+        **backends.tracking(root, settings.mlflow_url, settings.wandb_project),
+        "feature_store": backends.feature_store(root, settings.lake_url, settings.online_store),
         "feature_engine_duckdb": DuckDBEngine(),
         "feature_engine_spark": SparkEngine(),
         "feature_engine_ray": RayEngine(),
-        "feature_store": FeastStore(
-            root=str(root / "feature_store"), lake_root=lake, offline_store={"type": ASOF, "as_known_at": True}
-        ),
         "tuning_local": OptunaTuner(folder=str(root / "tuning")),
         "tuning_ray": RayTuner(folder=str(root / "tuning")),
         "training_local": LocalTrainer(),
         "training_ray": RayTrainer(),
-        "tracking": MlflowTracking(tracking_uri=mlflow, artifacts_folder=artifacts),
-        "registry": MlflowRegistry(tracking_uri=mlflow, artifacts_folder=artifacts),
         "serving": EmbeddedServing(root=str(root / "serving")),
         "live_metrics": GatewayMetrics(root=str(root / "serving")),
         "artifact_cache": ArtifactCache(root=str(root / "artifacts")),
@@ -73,6 +86,8 @@ def embedded(settings: Settings) -> dict[str, object]:
 
 
 @cache
-def definitions() -> dg.Definitions:
+def definitions() -> "dg.Definitions":
     """The resources as definitions; one object in a process, so that every model's definitions can carry it."""
+    import dagster as dg  # here, so that the settings alone are read in a tenth of the time
+
     return dg.Definitions(resources=embedded(Settings()))

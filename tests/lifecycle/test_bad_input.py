@@ -83,12 +83,12 @@ def test_a_reference_is_found_without_importing_its_module():
 
 def test_a_source_that_returns_no_table(spec):
     with pytest.raises(DataError, match=r"source.read returned NoneType for 2024-01-01 \(table 'rows'\); return a pyarrow"):
-        raw_data._read(spec, lambda day: None, DAY)
+        raw_data.read_day(spec, lambda day: None, DAY)
 
 
 def test_timestamps_and_text_are_brought_to_the_types_that_every_engine_shares(spec):
     frame = pd.DataFrame({"event_timestamp": pd.to_datetime(["2024-01-01T00:00:00.000000001Z"])})
-    read = raw_data._read(spec, lambda day: {"a": frame, "b": pl.DataFrame({"text": ["x"]})}, DAY)
+    read = raw_data.read_day(spec, lambda day: {"a": frame, "b": pl.DataFrame({"text": ["x"]})}, DAY)
     assert read["a"].schema.field("event_timestamp").type == pyarrow.timestamp("us", "UTC")
     assert read["b"].schema.field("text").type == pyarrow.string()
 

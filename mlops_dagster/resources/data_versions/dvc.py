@@ -42,8 +42,15 @@ class DvcVersions(ConfigurableResource):
         description="How the cache holds a file: copy (reflink where the disk can) or hardlink (half the disk; lake files read-only).",
     )
     lock_seconds: float = Field(default=60.0, description="How long to wait for another recorder or `dvc` command, in seconds.")
+    push_each: bool = Field(default=False, description="Send what is recorded to the remote at once, not only when asked to.")
 
     def record(self, keys: Sequence[str], message: str, clock: Callable[[], float] = time.time) -> Revision:
+        revision = self._recorded(keys, message, clock)
+        if self.push_each:
+            self.push()  # one that fails loses nothing: the next record sends what is missing
+        return revision
+
+    def _recorded(self, keys: Sequence[str], message: str, clock: Callable[[], float]) -> Revision:
         wanted = sorted({checked_key(key) for key in keys})
         if not wanted:
             raise DataError("keys: none given to record. Name at least one lake key.")

@@ -32,6 +32,7 @@ class WandbMirror(ConfigurableResource):
         default="offline", description="online sends to the account that wandb is logged in to."
     )
     entity: str | None = Field(default=None, description="W&B team or user; by default the account's own.")
+    project: str | None = Field(default=None, description="W&B project of all runs; by default one for each experiment.")
 
     def log_run(
         self,
@@ -76,7 +77,8 @@ class WandbMirror(ConfigurableResource):
         import wandb
 
         with wandb.init(
-            project=experiment,
+            project=self.project or experiment,
+            group=experiment,
             entity=self.entity,
             id=run_id,
             name=run_key,
