@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlops_dagster import instance
 from mlops_dagster.core.errors import ServingError, StorageError
+from mlops_dagster.declared import root_module
 
 if TYPE_CHECKING:
     from mlops_dagster.resources.serving.embedded import EmbeddedServing
@@ -67,7 +68,7 @@ def require_free(name: str, host: str, port: int) -> None:
 
 def commands(root: Path, host: str, ports: dict[str, int]) -> list[Page]:
     """The three servers with UIs."""
-    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").exists() else ["-m", "mlops_dagster.definitions"]
+    workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").exists() else ["-m", f"{root_module(Path.cwd())}.definitions"]
     mlflow = root / "mlflow"
     modules = {
         "Dagster": ["dagster", "dev", *workspace],
