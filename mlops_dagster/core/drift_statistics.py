@@ -143,7 +143,7 @@ def kolmogorov_smirnov(reference: Profile, current: Profile) -> dict[str, Kolmog
 def _kolmogorov_smirnov(reference: NumberColumn, current: NumberColumn) -> KolmogorovSmirnov:
     r, c = _shares(reference), _shares(current)
     apart = np.concatenate(([0.0], np.cumsum(r - c)))
-    statistic = float(np.abs(apart).max())
+    statistic = min(1.0, float(np.abs(apart).max()))  # sums of shares may end a rounding above 1
     before, after = apart[:-1], apart[1:]
     above, below = np.minimum(before + r, after + c), np.maximum(before - c, after - r)
     inside = np.maximum(above, -below)[1:-1][~_single(reference.edges)]

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlops_dagster.core.drift import NumberColumn, Profile, jensen_shannon, kolmogorov_smirnov, psi, wasserstein
@@ -19,7 +19,12 @@ def table(rows: list[tuple]) -> pa.Table:
     return pa.table({"n": pa.array(n, pa.float64()), "s": pa.array(s, pa.string()), "b": pa.array(b, pa.bool_())})
 
 
+# The shares of eleven rows, summed, end a rounding above 1.
+ELEVEN = [(x, None, None) for x in (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 0.5)]
+
+
 @settings(deadline=None, max_examples=200)
+@example(ELEVEN, [(None, None, None), (0.0, None, None)], 0, 1)
 @given(rows, rows, st.integers(0, 60), st.integers(1, 20))
 def test_any_table(reference_rows, current_rows, cut, batch_rows):
     reference = Profile.of(table(reference_rows), 4)

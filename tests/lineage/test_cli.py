@@ -122,7 +122,7 @@ def test_a_version_is_made_again_from_the_same_data_though_its_code_was_touched(
     assert "the code is not the one of version 1: late_parcel/training.py" in err.splitlines()[0]
     assert {n: found[n]["same"] for n in ("code", "environment", "data", "metrics")} == {
         "code": False, "environment": True, "data": True, "metrics": True,
-    }  # fmt: skip
+    }, found["environment"]  # fmt: skip
     assert found["identical"]
 
 

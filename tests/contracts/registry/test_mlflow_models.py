@@ -41,7 +41,7 @@ def test_it_is_fetched_with_the_registered_bytes(registry: MlflowRegistry, model
     assert f"{place}/native" not in [entry.path for entry in client.list_artifacts(made.run_id, place)]
 
 
-def test_mlflow_itself_can_load_it(registry: MlflowRegistry, model: str, tmp_path: Path) -> None:
+def test_mlflow_itself_can_load_a_pickled_estimator(registry: MlflowRegistry, model: str, tmp_path: Path) -> None:
     import mlflow
 
     folder = folder_of(tmp_path)
