@@ -13,7 +13,6 @@ ONLINE_STORES = (
 )
 S3_PLACE = "s3://BUCKET/PREFIX"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
-_SECRET = re.compile(r"(?<=://)([^/@]*?):[^/]*@")
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,15 @@ class OnlineStore:
 
 
 def masked(address: str) -> str:
-    """The address with `***` in place of its password."""
-    return _SECRET.sub(r"\1:***@", address)
+    """The address with `***` in place of its password, which may hold what it should not: all up to the last `@` counts as user and password."""
+    before, at, place = address.rpartition("@")
+    if not at:
+        return address
+    scheme, found, person = before.partition("://")
+    if not found:
+        return f"***@{place}"
+    user, colon, _ = person.partition(":")
+    return f"{scheme}://{user}{':***' if colon else ''}@{place}"
 
 
 def s3_place(name: str, address: str) -> tuple[str, str]:

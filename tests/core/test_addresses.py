@@ -54,6 +54,8 @@ def test_a_wrong_address_names_setting_value_and_remedy_but_no_password(check, a
 def test_masking_hides_what_lies_between_colon_and_the_last_at():
     assert masked("postgresql://u:a@b:c@h/db") == "postgresql://u:***@h/db"
     assert masked("redis://:secret@h:6379/0") == "redis://:***@h:6379/0"
+    assert masked("redis://:ab/cd@ef@h") == "redis://:***@h"
+    assert masked("u:secret@h") == "***@h"
     assert masked("http://h:5000/x") == "http://h:5000/x"
 
 
