@@ -1,8 +1,13 @@
 """`mlops keys`: who may ask a model for predictions."""
 
+import time
 from typing import Annotated, Any
 
 import typer
+
+from mlops_dagster.core.errors import ServingError
+
+TAKEN_SECONDS = 10
 
 app = typer.Typer(no_args_is_help=True, help="API keys: who may ask a model. A model that never had one answers everybody.")
 
@@ -46,8 +51,16 @@ def revoke(model: Model, name: Name) -> None:
     from mlops_dagster.resources.serving.start import wake
 
     folder = _folder(model)
-    client_keys.revoke(folder, model, name)
+    digest = client_keys.revoke(folder, model, name)
     wake(folder)
+    end = time.monotonic() + TAKEN_SECONDS
+    while client_keys.is_live(folder, digest):
+        if time.monotonic() > end:
+            raise ServingError(
+                f"the key of {name} is revoked, but the gateway has not taken that after {TAKEN_SECONDS} s and may still accept it: "
+                "the serving host does not run; start it with `mlops up`"
+            )
+        time.sleep(0.05)
     print(f"{model} answers {name} no more")
 
 

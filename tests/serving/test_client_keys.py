@@ -11,7 +11,7 @@ from click.testing import Result
 from gateway_hosts import FAULTY, eventually, predict_url, ready, serving_host
 from typer.testing import CliRunner
 
-from mlops_dagster import cli
+from mlops_dagster import cli, cli_keys
 from mlops_dagster.core.errors import DeclarationError, NotFoundError, StorageError
 from mlops_dagster.core.routes import Routes
 from mlops_dagster.requests import client_of
@@ -85,6 +85,20 @@ def test_only_digests_are_kept(serving: EmbeddedServing) -> None:
     client_keys.open_to_all(folder, "kept")
 
 
+def test_an_empty_key_is_none_even_where_the_platforms_own_was_lost(serving: EmbeddedServing) -> None:
+    folder = Folder(serving.root)
+    client_keys.add(folder, "kept", "dashboard", "key", NOW)
+    (folder.host / "own.key").write_text("")
+    wake(folder)
+    with httpx.Client() as client:
+        assert eventually(lambda: status(client, serving, "kept") == 401, 5)
+        empty = client.post(predict_url(serving, "kept"), json=ROW, headers={"x-api-key": ""})
+        assert (empty.status_code, "an API key is needed" in empty.text) == (401, True)
+    assert len(client_keys.own_key(folder)) == 43
+    client_keys.open_to_all(folder, "kept")
+    wake(folder)
+
+
 def test_a_damaged_file_lets_nobody_in(serving: EmbeddedServing) -> None:
     folder = Folder(serving.root)
     client_keys.add(folder, "kept", "dashboard", "key", NOW)
@@ -115,7 +129,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     assert client_keys.clients(folder, "n") is None
 
 
-def test_the_command_prints_a_key_once(tmp_path: Path) -> None:
+def test_the_command_prints_a_key_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = Folder(tmp_path / "serving")
     folder.make()
     folder.desired_file("m").write_text("{}")
@@ -133,6 +147,11 @@ def test_the_command_prints_a_key_once(tmp_path: Path) -> None:
     assert keys("list", "m").stdout.startswith("dashboard  20")
     assert keys("revoke", "m", "dashboard").stdout == "m answers dashboard no more\n"
     assert "answers nobody" in keys("list", "m").stdout
+    digest = hash_api_key(keys("add", "m", "batch").stdout.strip())
+    folder.envoy.mkdir(exist_ok=True)
+    (folder.envoy / "rds.json").write_text(digest)
+    monkeypatch.setattr(cli_keys, "TAKEN_SECONDS", 0.1)
+    assert "may still accept it: the serving host does not run" in str(keys("revoke", "m", "batch").exception)
     assert keys("open", "m").exit_code == 0
     assert client_keys.clients(folder, "m") is None
     refused = keys("add", "nobody", "x").exception

@@ -89,6 +89,9 @@ function envoy_on_request(handle)
   if key == nil then
     key = (headers:get("authorization") or ""):match("^[Bb]earer (.+)$")
   end
+  if key == "" then
+    key = nil
+  end
   local context = handle:filterContext():get("clients")
   local client = key and client_of(key, context or {})
   if client == nil then

@@ -39,14 +39,22 @@ def add(folder: Folder, model: str, name: str, key: str, now: dt.datetime) -> No
         _write(folder, model, {**known, name: {"sha256": hash_api_key(key), "since": now.isoformat(timespec="seconds")}})
 
 
-def revoke(folder: Folder, model: str, name: str) -> None:
-    """Refuse a client's key from now on. NotFoundError when there is none; the last one leaves a model that answers nobody."""
+def revoke(folder: Folder, model: str, name: str) -> str:
+    """Refuse a client's key from now on, and return its digest. NotFoundError when there is none; the last one leaves a model that
+    answers nobody.
+    """
     folder.make()
     with folder.lock("keys"):
         known = _read(folder, checked_model(model)) or {}
         if name not in known:
             raise NotFoundError(f"{model}: no client {name!r} has a key; there are: {', '.join(sorted(known)) or 'none'}")
         _write(folder, model, {other: entry for other, entry in known.items() if other != name})
+        return str(known[name]["sha256"])
+
+
+def is_live(folder: Folder, digest: str) -> bool:
+    """Whether the gateway's present routes accept the key of this digest."""
+    return digest in _text(folder.envoy / "rds.json")
 
 
 def open_to_all(folder: Folder, model: str) -> None:
@@ -77,17 +85,26 @@ def digests(folder: Folder) -> dict[str, dict[str, str]]:
 def own_key(folder: Folder) -> str:
     """The key of the platform's own requests, made at its first use; only this user can read its file."""
     path = folder.host / "own.key"
-    with suppress(FileNotFoundError):
-        return path.read_text()
+    if key := _text(path):
+        return key
     folder.make()
     with folder.lock("keys"), storage_errors(path, "write"):
-        if not path.exists():
+        if not _text(path):
             part = path.with_name(f".{path.name}.{os.getpid()}.part")
             part.unlink(missing_ok=True)
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_urlsafe(KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())  # or a power failure may leave an empty key
             os.replace(part, path)
         return path.read_text()
+
+
+def _text(path: Path) -> str:
+    """What is in a file; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    return ""
 
 
 def hash_api_key(key: str) -> str:
