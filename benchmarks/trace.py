@@ -99,7 +99,7 @@ def decided(root: Path, lake: FolderLake) -> None:
 
 
 def _indexing(lake: FolderLake, day: dt.date, rows: pa.Table) -> Callable[[], None]:
-    return lambda: store_index(lake, MODEL, day.isoformat(), rows)
+    return lambda: store_index(lake, MODEL, day.isoformat(), rows, dt.datetime.now(dt.UTC))
 
 
 def _trace(root: Path, request_id: str, code: int = 0) -> float:

@@ -13,6 +13,7 @@ from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, days, key, stage
 from mlops_dagster.core.errors import DataError, DeclarationError
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage import quarantine
 from mlops_dagster.resources.data_lake import Lake
 
 STAGE = "features"
@@ -47,9 +48,11 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         lake, store = context.resources.data_lake, context.resources.feature_store
         engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
         queries, made = load_callable(spec, "features.compute")(), days(context)
+        versions, decided = context.resources.data_versions, quarantine.read(lake, spec.name)
         new = compute_days(spec, lake, engine, queries, made)
-        stored = [write_versions(lake, day_key(spec, STAGE, d, v), t) for d, views in new.items() for v, t in views.items()]
-        context.resources.data_versions.record([f.key for f in stored], f"{spec.name}: features")
+        with quarantine.unchanged(spec, lake, versions, made, decided):
+            stored = [write_versions(lake, day_key(spec, STAGE, d, v), t) for d, views in new.items() for v, t in views.items()]
+        versions.record([f.key for f in stored], f"{spec.name}: features")
         store.apply(spec.name, load_callable(spec, "features.define"))
         begin, end = spec.source.partitions.bounds(min(made))[0], spec.source.partitions.bounds(max(made))[1]
         written = store.materialize(spec.name, begin, end)

@@ -1,5 +1,7 @@
 """Stage 10: what was asked and answered on a day, collected from the servers' segments."""
 
+import datetime as dt
+
 import dagster as dg
 import pyarrow as pa
 
@@ -32,10 +34,11 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         checks=CHECKS,
     )
     def inference_log(context: dg.AssetExecutionContext):
+        begun = dt.datetime.now(dt.UTC)
         made = {day: callers_only(context.resources.inference_segments.read(spec.name, day)) for day in days(context)}
         stored = [context.resources.data_lake.write(day_key(spec, STAGE, day), rows) for day, rows in made.items()]
         for day, rows in made.items():
-            store_index(context.resources.data_lake, spec.name, day.isoformat(), rows)
+            store_index(context.resources.data_lake, spec.name, day.isoformat(), rows, begun)
             context.add_asset_metadata(
                 {"dagster/partition_row_count": rows.num_rows, "by_arm": table(_by_arm(rows))}, partition_key=day.isoformat()
             )

@@ -71,7 +71,7 @@ def check(spec: ModelSpec, lake: Lake, versions: DataVersions, registry: Any) ->
     """A warning names the days with the hash that was used and the present one, and the stages and versions that rest on the old content."""
     record = newest_record(spec, lake)
     if record is None:
-        return check_result(NAME, True, "there is no training set yet", warn=True)
+        return _without_record(spec, lake)
     found = changed(spec, versions, record)
     affected = affected_versions(spec, lake, versions, registry)
     stages = [f"{spec.name}/{stage}" for stage in ("training_set", *_made_of(spec, lake, record))] if found else []
@@ -93,13 +93,22 @@ def check(spec: ModelSpec, lake: Lake, versions: DataVersions, registry: Any) ->
     return check_result(NAME, not found, because, metadata, warn=True)
 
 
+def _without_record(spec: ModelSpec, lake: Lake) -> dg.AssetCheckResult:
+    try:
+        read_manifest(lake, spec, "training_set")
+    except NotFoundError:
+        return check_result(NAME, True, "there is no training set yet", warn=True)
+    because = f"the lake has no record of what the training set was made of; materialize {spec.name}/training_set again"
+    return check_result(NAME, False, because, warn=True)
+
+
 def newest_record(spec: ModelSpec, lake: Lake) -> TrainingRecord | None:
-    """What the newest training set was made of; None before there is one (or one with a record)."""
+    """What the newest training set was made of; None before there is one, and for one whose record is not in the lake."""
     try:
         inputs = read_manifest(lake, spec, "training_set").get("inputs")
+        return training_record.load(lake, inputs["key"], inputs["sha256"]) if inputs else None
     except NotFoundError:
         return None
-    return training_record.load(lake, inputs["key"], inputs["sha256"]) if inputs else None
 
 
 def changed(spec: ModelSpec, versions: DataVersions, record: TrainingRecord) -> list[Change]:
@@ -122,7 +131,10 @@ def affected_versions(spec: ModelSpec, lake: Lake, versions: DataVersions, regis
         if not inputs:
             continue
         if inputs["key"] not in known:
-            known[inputs["key"]] = bool(changed(spec, versions, training_record.load(lake, inputs["key"])))
+            try:
+                known[inputs["key"]] = bool(changed(spec, versions, training_record.load(lake, inputs["key"])))
+            except NotFoundError:  # nobody can tell any more; `mlops affected` goes by the version's days
+                known[inputs["key"]] = False
         if known[inputs["key"]]:
             told.append(f"version {version.number}" + (f" ({', '.join(sorted(version.aliases))})" if version.aliases else ""))
     return told

@@ -1,6 +1,7 @@
 """Stage 4: labels joined with the features as they were at each row's moment, split by time."""
 
 import datetime as dt
+from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
@@ -12,7 +13,7 @@ from mlops_dagster.assets.lake_paths import day_key, day_range, stored_days, tab
 from mlops_dagster.assets.metadata import column_schema, picture
 from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, stage
-from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.errors import DataError, NotFoundError, TransientError
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.lineage import quarantine, training_record
 from mlops_dagster.resources.data_lake import Lake
@@ -49,13 +50,15 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         lake, store = context.resources.data_lake, context.resources.feature_store
         engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
         window = covered_days(spec, lake, config.through)
+        before = files_read(spec, lake, context.resources.data_versions, window)
         entities, labelled = entity_rows(spec, lake, store.signature(spec.name), window)
         quarantine.require_recomputed(lake, spec.name, window)
         features = [name for name, _ in store.signature(spec.name).features]
         rows = joined(spec, features, store, entities, window)
+        require_unchanged(spec, window, before, files_read(spec, lake, context.resources.data_versions, window))
         stored = lake.write(f"{spec.name}/{STAGE}/{rows_digest(rows)[:16]}.parquet", rows)
         manifest = _manifest(spec, features, rows, stored, window)
-        manifest["inputs"] = _inputs(spec, lake, context.resources.data_versions, manifest, window)
+        manifest["inputs"] = _inputs(spec, lake, before, manifest, window)
         keys = [stored.key, manifest["inputs"]["key"]]
         manifest["dvc_commit"] = context.resources.data_versions.record(
             keys, f"{spec.name}: training set through {window[-1]}"
@@ -126,12 +129,40 @@ def rows_digest(rows: pa.Table) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def _inputs(
-    spec: ModelSpec, lake: Lake, versions: DataVersions, manifest: dict[str, Any], window: list[dt.date]
-) -> dict[str, str]:
+@dataclass(frozen=True)
+class FilesRead:
+    """What the rows and features come from: stage -> key -> MD5, and the days that are in quarantine."""
+
+    files: dict[str, dict[str, str]]
+    without: list[dt.date]
+
+
+def files_read(spec: ModelSpec, lake: Lake, versions: DataVersions, window: list[dt.date]) -> FilesRead:
+    """What a training set over the window comes from, by the newest revision of now."""
+    without = sorted(quarantine.days(lake, spec.name))
+    return FilesRead(training_record.files_of(spec, versions, window, without), without)
+
+
+def require_unchanged(spec: ModelSpec, window: list[dt.date], before: FilesRead, after: FilesRead) -> None:
+    """Raises TransientError where a file was corrected, or a day taken out or back in, while the rows were read: nobody can tell then
+    which content went in."""
+    pairs = [(before.files[stage], after.files[stage]) for stage in before.files]
+    changed = [key for old, new in pairs for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    changed += [
+        f"quarantine of raw_data/{day}"
+        for day in sorted((set(before.without) ^ set(after.without)) | (set(window) & set(before.without)))
+    ]
+    if changed:
+        raise TransientError(
+            f"{len(changed)} inputs of {spec.name} changed while its training set was made, for example {changed[0]}; wait until the "
+            f"run that changes them has ended, then materialize {spec.name}/{STAGE} again"
+        )
+
+
+def _inputs(spec: ModelSpec, lake: Lake, before: FilesRead, manifest: dict[str, Any], window: list[dt.date]) -> dict[str, str]:
     """Store what the training set was made of; where that lies and its hash."""
-    queries, without = load_callable(spec, "features.compute")(), sorted(quarantine.days(lake, spec.name))
-    record = training_record.describe(spec, versions, queries, tables(lake, spec), manifest, window, without)
+    queries, without = load_callable(spec, "features.compute")(), before.without
+    record = training_record.describe(spec, before.files, queries, tables(lake, spec), manifest, window, without)
     return training_record.store(lake, spec.name, record)
 
 

@@ -68,7 +68,7 @@ def spread(
         return None
     records = [training_record.load(lake, key) for key in lake.list(f"{model}/{training_record.FOLDER}/")]
     touched = [r for r in records if r.touches(day)]
-    versions = [v for v in registered if _rests_on(v, touched, day, lookback_days)]
+    versions = [v for v in registered if _rests_on(v, records, day, lookback_days)]
     entries = places.entries(model)
     numbers = {str(v.number) for v in versions}
     live = [s for s in spells(entries, model) if s.version in numbers]
@@ -100,10 +100,11 @@ def _partitions(lake: Lake, data: DataVersions, model: str, day: dt.date) -> lis
     return [{"key": k, "md5": now.get(k), "revisions": had.get(k, [])} for k in sorted([*had, *untracked])]
 
 
-def _rests_on(version: Version, touched: Iterable[TrainingRecord], day: dt.date, lookback_days: int) -> bool:
-    """By the version's record, or, for one from before there were records, by its days."""
-    if version.evidence.get("inputs"):
-        return version.evidence.get("training_set") in {r.training_set for r in touched}
+def _rests_on(version: Version, records: Iterable[TrainingRecord], day: dt.date, lookback_days: int) -> bool:
+    """By the version's record, or, for one whose record is gone or was never kept, by its days."""
+    own = [r for r in records if r.training_set == version.evidence.get("training_set")]
+    if version.evidence.get("inputs") and own:
+        return any(r.touches(day) for r in own)
     try:
         first, last = (dt.date.fromisoformat(str(version.evidence[name])) for name in ("first_day", "last_day"))
     except (KeyError, ValueError):

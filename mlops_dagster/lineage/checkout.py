@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.lineage import training_record
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
 
@@ -52,7 +53,8 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     """Make the lake's tracked keys of a model equal to a revision.
 
     What it replaces is recorded first, and the outcome afterwards, as revisions of their own, so nothing is lost. Each file is replaced
-    whole; killed and run again, it completes. Keys that are not tracked (reports, logs, manifests) stay.
+    whole; killed and run again, it completes, its record included. Keys that are not tracked (reports, logs, manifests) stay, and so do
+    the records of what training sets were made of: manifests and versions point at them, and their names are their hashes.
     """
     decided = f"{model}/quarantine/"  # not data: what is out stays out
     wanted, tracked = (
@@ -61,9 +63,12 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     )
     present = set(lake.list(f"{model}/"))
     written = [k for k, md5 in wanted.items() if k not in present or _md5(lake.read_bytes(k)) != md5]
-    removed = sorted((tracked.keys() - wanted.keys()) & present)
+    gone = {key for key in tracked.keys() - wanted.keys() if not key.startswith(f"{model}/{training_record.FOLDER}/")}
+    removed = sorted(gone & present)
     changing = [*written, *removed]
-    if not changing:
+    # Also what the lake holds already but its newest revision does not: a killed checkout left it so.
+    recorded = sorted({*changing, *gone, *(key for key, md5 in wanted.items() if tracked.get(key) != md5)})
+    if not recorded:
         return Checkout((), (), len(wanted))
     # All bytes at hand before anything changes; and a moment may mean another revision once one more is recorded.
     sources = {key: versions.restore(key, revision) for key in written}
@@ -74,7 +79,7 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     for key in removed:
         lake.delete(key)
     named = revision.isoformat() if isinstance(revision, dt.datetime) else revision[:10]
-    commit = versions.record(changing, f"{model}: checkout of {named}").commit
+    commit = versions.record(recorded, f"{model}: checkout of {named}").commit
     return Checkout(tuple(written), tuple(removed), len(wanted) - len(written), commit)
 
 

@@ -7,16 +7,21 @@ correction beside them would be too late for every old row.
 
 import datetime as dt
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.errors import DataError, NotFoundError, TransientError
 from mlops_dagster.core.ledger import QUARANTINE, QUARANTINE_LIFTED, Entry, NewEntry
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.resources import file_lock
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
 from mlops_dagster.resources.ledger import Ledger
+
+WAIT_SECONDS = 300.0  # a backfill stores a year of features in less
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,8 @@ def impose(spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, 
         stored = sorted(k for k in lake.list(f"{spec.name}/raw_data/") if k.endswith(".parquet"))
         there = f"it has {_name(stored[0])} … {_name(stored[-1])}" if stored else "it has no raw data yet"
         raise NotFoundError(f"{spec.name} has no raw_data of {day}; {there}")
-    return _change(spec, lake, versions, ledger, day, decision, QUARANTINE)
+    with _alone(versions, spec.name):
+        return _change(spec, lake, versions, ledger, day, decision, QUARANTINE)
 
 
 def lift(spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, day: dt.date, decision: Decision) -> Change:
@@ -80,32 +86,71 @@ def lift(spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, da
     if not _decisions(ledger, spec.name, day):
         out = ", ".join(sorted(read(lake, spec.name)["days"])) or "no day is"
         raise NotFoundError(f"raw_data/{day} of {spec.name} is not in quarantine; {out}")
-    return _change(spec, lake, versions, ledger, day, decision, QUARANTINE_LIFTED)
+    with _alone(versions, spec.name):
+        return _change(spec, lake, versions, ledger, day, decision, QUARANTINE_LIFTED)
+
+
+@contextmanager
+def unchanged(
+    spec: ModelSpec, lake: Lake, versions: DataVersions, made: Iterable[dt.date], known: Mapping[str, Any]
+) -> Iterator[None]:
+    """Keep decisions waiting while features of the days `made` are stored that were computed as `known`, an earlier `read`, says.
+
+    Raises TransientError, before anything is stored, where a day that they look back on was taken out or back in since.
+    """
+    with _alone(versions, spec.name):
+        now, before = read(lake, spec.name)["days"], known["days"]
+        back = range(spec.features.lookback_days + 1)
+        used = {(day - dt.timedelta(days=i)).isoformat() for day in made for i in back}
+        if other := sorted(day for day in used if now.get(day) != before.get(day)):
+            raise TransientError(
+                f"quarantine of raw_data/{', '.join(other)} of {spec.name} changed while features were computed; nothing was stored, "
+                f"materialize {spec.name}/features again"
+            )
+        yield
+
+
+def _alone(versions: DataVersions, model: str) -> AbstractContextManager[None]:
+    """One decision at a time: beside the history, which every process that records in the lake shares, whatever the lake is."""
+    return file_lock.held(Path(versions.root).absolute() / ".dvc" / "tmp" / f"{model}.quarantine.lock", WAIT_SECONDS)
 
 
 def _change(
     spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, day: dt.date, decision: Decision, kind: str
 ) -> Change:
-    """Ledger, then features, then the manifest: until the manifest says so, a repetition does the rest again."""
+    """Ledger, then features, then the manifest's days: until these say so, a repetition does the rest again.
+
+    What is to be made again is written before anything is deleted, so that a repetition knows it too.
+    """
     entry, known = _entry(spec, ledger, day, decision, kind), read(lake, spec.name)
     wanted = kind == QUARANTINE
+    why = f"{spec.name}: {kind} of raw_data/{day}"
     if (day.isoformat() in known["days"]) == wanted:
+        if manifest_key(spec.name) in lake.stamps(f"{spec.name}/quarantine/"):
+            versions.record([manifest_key(spec.name)], why)
         return Change(entry, False, _dates(_missing(lake, spec.name, known["recompute"])))
     told = {"by": entry.actor, "reason": entry.reason, "at": entry.time_iso, "entry": entry.sequence}
     kept = {d: who for d, who in known["days"].items() if d != day.isoformat()} | ({day.isoformat(): told} if wanted else {})
-    why = f"{spec.name}: {kind} of raw_data/{day}"
     touched = {(day + dt.timedelta(days=i)).isoformat() for i in range(spec.features.lookback_days + 1)}
-    removed = [k for k in lake.list(f"{spec.name}/features/") if _name(k) in touched]
+    features = f"{spec.name}/features/"
+    removed = [k for k in lake.list(features) if _name(k) in touched]
+    gone = {*_missing(lake, spec.name, known["recompute"]), *map(_name, removed)} | (touched if not wanted else set())
     if removed:
         versions.record(removed, f"{why}: before it")
+        _write(lake, spec.name, known["days"], sorted(gone))
         for key in removed:
             lake.delete(key)
-        versions.record(removed, why)
-    gone = {*_missing(lake, spec.name, known["recompute"]), *map(_name, removed)} | (touched if not wanted else set())
+    left = [k for k in versions.contents(features) if _name(k) in touched]
+    if left:
+        versions.record(left, why)
     recompute = _computable(lake, spec, gone, kept.keys())
-    lake.write_bytes(manifest_key(spec.name), json.dumps({"days": kept, "recompute": recompute}, sort_keys=True).encode())
+    _write(lake, spec.name, kept, recompute)
     versions.record([manifest_key(spec.name)], why)
     return Change(entry, True, _dates(recompute))
+
+
+def _write(lake: Lake, model: str, out: Mapping[str, Any], recompute: list[str]) -> None:
+    lake.write_bytes(manifest_key(model), json.dumps({"days": out, "recompute": recompute}, sort_keys=True).encode())
 
 
 def _entry(spec: ModelSpec, ledger: Ledger, day: dt.date, decision: Decision, kind: str) -> Entry:

@@ -27,13 +27,15 @@ _PREFIX = len(MAGIC) + 4
 
 @dataclass(frozen=True)
 class Summary:
-    """What an index says of its file; moments are ISO 8601 in UTC, None for a file without rows."""
+    """What an index says of its file; moments are ISO 8601 in UTC, None for a file without rows. `collected_at`: a moment before the
+    servers' segments were read for it; None where nobody knows it any more."""
 
     stamp: str
     rows: int
     versions: Mapping[str, int]
     first_logged: str | None = None
     last_logged: str | None = None
+    collected_at: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,24 +102,24 @@ def _folded(words: np.ndarray, length: int) -> np.ndarray:
     return h
 
 
-def build(rows: pa.Table, stamp: str) -> bytes:
+def build(rows: pa.Table, stamp: str, collected_at: dt.datetime | None = None) -> bytes:
     """The index of a file's rows (columns COLUMNS, in the file's order) as bytes."""
     hashes = hashed(rows["request_id"])
     order = np.argsort(hashes, kind="stable")
-    header = json.dumps(asdict(_summary(rows, stamp))).encode()
+    header = json.dumps(asdict(_summary(rows, stamp, collected_at))).encode()
     header += b" " * (-(_PREFIX + len(header)) % HASH.itemsize)  # so that the arrays can be mapped
     parts = (MAGIC, len(header).to_bytes(4, "little"), header, hashes[order].astype(HASH).tobytes(), order.astype(ROW).tobytes())
     return b"".join(parts)
 
 
-def _summary(rows: pa.Table, stamp: str) -> Summary:
+def _summary(rows: pa.Table, stamp: str, collected_at: dt.datetime | None) -> Summary:
     import pyarrow.compute
 
     pc: Any = pyarrow.compute
     counts = {str(c["values"]): c["counts"] for c in pc.value_counts(rows["version"]).to_pylist()}
     logged = pc.min_max(rows["logged_at"]).as_py()
-    first, last = (m and m.astimezone(dt.UTC).isoformat() for m in (logged["min"], logged["max"]))
-    return Summary(stamp, rows.num_rows, counts, first, last)
+    first, last, collected = (m and m.astimezone(dt.UTC).isoformat() for m in (logged["min"], logged["max"], collected_at))
+    return Summary(stamp, rows.num_rows, counts, first, last, collected)
 
 
 def opened(source: "Path | bytes") -> Index:

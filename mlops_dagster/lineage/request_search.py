@@ -3,7 +3,7 @@
 import datetime as dt
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 LOG, INDEX = "inference_log", "request_index"
 SCANNED_ROWS = 65_536  # a segment below this is read whole in a few milliseconds; a larger one gets an index beside it
 ATTEMPTS = 20
+CLOCKS_APART = 2.0  # seconds that a file system's times may lie behind the clock of who collects
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 TICKS_A_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
@@ -39,17 +40,14 @@ class Found:
 
 
 def find(places: Places, model: str, request_id: str) -> list[Found]:
-    """Every row that was logged under a request id, empty where there is none."""
-    return in_lake(places, model, request_id) or in_segments(places, model, request_id)
-
-
-def in_lake(places: Places, model: str, request_id: str) -> list[Found]:
-    """The rows of a request in the days that were collected."""
-    found = []
+    """Every row that was logged under a request id, each once, empty where there is none. A request's rows may lie in both places: a
+    server writes some of them while the others are collected."""
+    found, collected = [], {}
     for key, index in indexes(places, model):
+        collected[_day(key)] = index.summary.collected_at
         rows = rows_at(_source(places.lake, key), index.rows(request_id), request_id)
         found += [Found(model, _day(key), key, row) for row in rows]
-    return found
+    return _once(found + _in_segments(places, model, request_id, collected))
 
 
 def indexes(places: Places, model: str) -> Iterator[tuple[str, Index]]:
@@ -66,10 +64,12 @@ def index_key(model: str, day: str) -> str:
     return f"{model}/{INDEX}/{day}.index"
 
 
-def store_index(lake: "Lake", model: str, day: str, rows: pa.Table) -> None:
-    """Store the index of a day's log that was just written, so that nobody has to wait for it later."""
+def store_index(lake: "Lake", model: str, day: str, rows: pa.Table, collected_at: dt.datetime) -> None:
+    """Store the index of a day's log that was just written, so that nobody has to wait for it later. `collected_at`: a moment before the
+    segments were read; what was written to them since is looked for there."""
     key = f"{model}/{LOG}/{day}.parquet"
-    lake.write_bytes(index_key(model, day), request_index.build(rows.select(list(COLUMNS)), lake.stamps(key)[key]))
+    content = request_index.build(rows.select(list(COLUMNS)), lake.stamps(key)[key], collected_at)
+    lake.write_bytes(index_key(model, day), content)
 
 
 def _known(lake: ReadableLake, key: str, stamp: str) -> Index | None:
@@ -134,25 +134,19 @@ def _row(table: pa.Table, number: int) -> dict[str, Any]:
     return row
 
 
-def in_segments(places: Places, model: str, request_id: str) -> list[Found]:
-    """The rows of a request in the servers' segments of days that were not collected since they were last written to."""
-    collected = {
-        _day(key): int(stamp.partition("-")[2]) for key, stamp in places.lake.stamps(f"{model}/{LOG}/").items() if _local(stamp)
-    }
+def _in_segments(places: Places, model: str, request_id: str, collected: Mapping[str, str | None]) -> list[Found]:
+    """The rows of a request in the servers' segments of days that may have been written to since they were `collected`."""
     found: list[Found] = []
     for folder in sorted((places.segments / model).glob("day=*"), reverse=True):
         day = folder.name.removeprefix("day=")
-        if day not in collected or folder.stat().st_mtime_ns > collected[day]:
+        at = collected.get(day)
+        if at is None or folder.stat().st_mtime > dt.datetime.fromisoformat(at).timestamp() - CLOCKS_APART:
             found += [Found(model, day, name, row) for name, row in _in_day(folder, request_id)]
-    return _once(found)
-
-
-def _local(stamp: str) -> bool:
-    return stamp.partition("-")[2].isdigit()
+    return found
 
 
 def _once(found: list[Found]) -> list[Found]:
-    """A row that lies in a small segment and in the merged one, once."""
+    """A row that lies in the lake and a segment, or in a small segment and the merged one, once: where it was found first."""
     return list({(f.day, f.row["row_id"], f.row["version"], f.row["shadow"]): f for f in reversed(found)}.values())[::-1]
 
 

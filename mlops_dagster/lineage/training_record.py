@@ -3,7 +3,7 @@
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,30 +55,39 @@ def reached(day: dt.date, lookback_days: int) -> tuple[dt.date, dt.date]:
     return day, day + dt.timedelta(days=lookback_days + 1)
 
 
+def files_of(
+    spec: "ModelSpec", versions: DataVersions, days: Sequence[dt.date], quarantined: Iterable[dt.date]
+) -> dict[str, dict[str, str]]:
+    """Stage -> key -> MD5 of what a training set over `days` may be made of, as the lake's newest revision has it. Taken before its rows
+    are read and again afterwards, it tells whether these are the files that were read."""
+    first, last = reach(days[0], days[-1], spec.features.lookback_days)
+    without = {"raw_data": set(quarantined), "validated_data": set(quarantined), "features": set()}
+    return {s: _between(versions.contents(f"{spec.name}/{s}/"), first, last, out) for s, out in without.items()}
+
+
 def describe(
     spec: "ModelSpec",
-    versions: DataVersions,
+    files: Mapping[str, Mapping[str, str]],
     queries: Mapping[str, str],
     tables: Sequence[str],
     training_set: Mapping[str, Any],
     days: Sequence[dt.date],
     quarantined: Sequence[dt.date],
 ) -> TrainingRecord:
-    """The record of a training set over `days`, from what the lake's newest revision holds; `queries`: view -> SQL."""
+    """The record of a training set over `days`; `files`: its `files_of`, `queries`: view -> SQL."""
     first, last = reach(days[0], days[-1], spec.features.lookback_days)
-    raw = _between(versions.contents(f"{spec.name}/raw_data/"), first, last, set(quarantined))
     views = {}
     for view, sql in sorted(queries.items()):
-        files = _between(versions.contents(f"{spec.name}/features/{view}/"), first, last, set())
-        lines = "\n".join(f"{md5}  {key}" for key, md5 in sorted(files.items()))
-        views[view] = FeatureView(_sha256(sql.encode()), _sha256(lines.encode()), len(files))
+        own = {key: md5 for key, md5 in files["features"].items() if key.startswith(f"{spec.name}/features/{view}/")}
+        lines = "\n".join(f"{md5}  {key}" for key, md5 in sorted(own.items()))
+        views[view] = FeatureView(_sha256(sql.encode()), _sha256(lines.encode()), len(own))
     return TrainingRecord(
         training_set["training_set"],
         training_set["key"],
         [day.isoformat() for day in days],
         spec.features.lookback_days,
         list(tables),
-        raw,
+        files["raw_data"],
         views,
         [day.isoformat() for day in sorted(quarantined) if first <= day <= last],
     )

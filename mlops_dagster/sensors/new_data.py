@@ -3,7 +3,7 @@
 import datetime as dt
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -13,7 +13,10 @@ from mlops_dagster.assets.references import load_callable
 from mlops_dagster.core.errors import NotFoundError
 from mlops_dagster.core.spec import ModelSpec, Partitions
 from mlops_dagster.resources.data_lake import Lake
-from mlops_dagster.resources.data_lake.parquet import as_table, stored, to_parquet
+from mlops_dagster.resources.data_lake.parquet import as_table, from_parquet, stored, to_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 DAYS_A_TICK = 5
 
@@ -45,7 +48,8 @@ def build(spec: ModelSpec) -> dg.SensorDefinition:
             why = f"every ended day is in the lake; the newest is {days[-1] if days else 'none'}"
             return dg.SensorResult(skip_reason=why, cursor=cursor)
         if found := changed_content(spec, lake, day):
-            return dg.SensorResult([correction(spec, day, found)], cursor=cursor)
+            today = spec.source.partitions.day_of(now)
+            return dg.SensorResult([correction(spec, day, found, today)], cursor=cursor)
         return dg.SensorResult(skip_reason=f"{day} was read again; its rows are the stored ones", cursor=cursor)
 
     return new_data
@@ -85,13 +89,23 @@ def _seen(cursor: str | None) -> Mapping[str, Any]:
 
 
 def changed_content(spec: ModelSpec, lake: Lake, day: dt.date) -> str | None:
-    """Read a day of the source again; SHA-256 over its tables where one is not what the lake holds, else None."""
+    """Read a day of the source again; SHA-256 over its tables and the lake's where one has other rows than the lake holds, else None."""
     hashes, same = [], True
     for name, rows in raw_data.read_day(spec, load_callable(spec, "source.read"), day).items():
         key = day_key(spec, "raw_data", day, name)
-        hashes.append(stored(key, to_parquet(as_table(name, rows))).sha256)
-        same = same and bool(lake.list(key)) and stored(key, lake.read_bytes(key)).sha256 == hashes[-1]
+        fresh, held = to_parquet(as_table(name, rows)), lake.read_bytes(key) if lake.list(key) else b""
+        hashes += [stored(key, content).sha256 for content in (fresh, held)]
+        same = same and (hashes[-1] == hashes[-2] or (bool(held) and _same_rows(key, fresh, held)))
     return None if same else raw_data.digest_of(hashes)
+
+
+def _same_rows(key: str, fresh: "pa.Buffer", held: bytes) -> bool:
+    """Whether two files hold the same rows. Another version of the library that wrote the stored one may have packed them otherwise, so
+    both are packed by this one; Arrow's own equality would call every missing number (NaN) a change."""
+    import pyarrow as pa
+
+    one, other = (to_parquet(as_table(key, from_parquet(key, pa.BufferReader(f), None))) for f in (fresh, held))
+    return one.equals(other)
 
 
 def request(spec: ModelSpec, day: dt.date) -> dg.RunRequest:
@@ -101,10 +115,10 @@ def request(spec: ModelSpec, day: dt.date) -> dg.RunRequest:
     )
 
 
-def correction(spec: ModelSpec, day: dt.date, content: str) -> dg.RunRequest:
-    """The run that ingests a day again, once for one content."""
+def correction(spec: ModelSpec, day: dt.date, content: str, today: dt.date) -> dg.RunRequest:
+    """The run that ingests a day again, once a calendar day for one change of content: if it fails, the next day's look asks again."""
     return dg.RunRequest(
-        run_key=f"{spec.name}:ingest:{day}:{content[:16]}",
+        run_key=f"{spec.name}:ingest:{day}:{content[:16]}:{today}",
         partition_key=day.isoformat(),
         tags={"mlops/reason": f"late data: the source has other rows of {day} than the lake"},
     )

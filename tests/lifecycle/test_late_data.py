@@ -1,5 +1,6 @@
 """Late rows of a source: found by the sensor, told by a check, shown as unsynced by Dagster, and without effect on old training sets."""
 
+import datetime as dt
 import json
 import os
 import shutil
@@ -7,8 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from mlops_dagster.assets import late_data, training_set
+from mlops_dagster.core.errors import TransientError
+from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage import training_record
+from mlops_dagster.resources.data_lake.folder import FolderLake
+from mlops_dagster.resources.data_versions.dvc import DvcVersions
+from mlops_dagster.sensors import new_data
 from tests.lifecycle import parcels_csv
 
 HERE = Path(__file__).parent
@@ -106,3 +116,104 @@ def test_a_day_unlike_the_reference_is_a_warning_with_column_share_and_examples(
     assert (passed, severity) == (False, "WARN")
     assert "2024-02-14 depot_record: depot_parcels: 100.0% of the rows are not in [" in because
     assert "(such as " in because
+
+
+DAY = dt.date(2024, 1, 3)
+RAW = "m/raw_data/rows/2024-01-03.parquet"
+
+
+@pytest.fixture
+def spec():
+    return ModelSpec.model_validate(
+        {
+            "name": "m",
+            "package": "tests.lifecycle",
+            "source": {"read": ".x.x", "schema": ".x.x", "partitions": {"start": "2024-01-01"}},
+            "features": {"define": ".x.x", "compute": ".x.x", "lookback_days": 2},
+            "label": {"column": "late"},
+            "training": {"train": ".x.x", "test_days": 1},
+        }
+    )
+
+
+@pytest.fixture
+def lake(tmp_path):
+    return FolderLake(root=str(tmp_path / "lake"))
+
+
+@pytest.fixture
+def source(monkeypatch):
+    """Gives the source's rows of every day."""
+
+    def gives(*values):
+        monkeypatch.setattr(new_data, "load_callable", lambda *_: lambda day: pa.table({"n": pa.array(values, pa.float64())}))
+
+    return gives
+
+
+def test_the_same_rows_packed_otherwise_are_no_correction(spec, lake, source):
+    rows = pa.table({"n": [1.0, float("nan"), None]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="gzip", use_dictionary=False)
+    lake.write_bytes(RAW, sink.getvalue().to_pybytes())
+    source(1.0, float("nan"), None)
+    assert new_data.changed_content(spec, lake, DAY) is None
+    source(1.0, None, float("nan"))
+    assert new_data.changed_content(spec, lake, DAY)
+
+
+def test_a_correction_that_failed_or_whose_content_comes_back_is_asked_for_again(spec, lake, source):
+    def key(today):
+        found = new_data.changed_content(spec, lake, DAY)
+        return found and new_data.correction(spec, DAY, found, dt.date(2024, 1, today)).run_key
+
+    a, b, c = ([pa.table({"n": [float(n)]}), (float(n),)] for n in range(3))
+    asked = []
+    for held, given in ((a, b), (c, b), (b, a)):
+        lake.write(RAW, held[0])
+        source(*given[1])
+        asked += [key(4), key(5)]
+        assert key(4) == asked[-2], "one run for one look"
+    assert None not in asked
+    assert len(set(asked)) == 6
+
+
+def test_a_training_set_whose_record_is_gone_holds_up_no_ingestion_and_is_told(spec, lake):
+    versions = DvcVersions(root=lake.root)
+    lake.write(RAW, pa.table({"n": [1]}))
+    manifest = {"training_set": "t", "inputs": {"key": "m/training_set/inputs/0.json", "sha256": "0" * 64}}
+    assert late_data.check(spec, lake, versions, None).passed
+    lake.write_bytes("m/training_set/current.json", json.dumps(manifest).encode())
+    assert late_data.correction(spec, lake, versions, [RAW]) is None
+    told = late_data.check(spec, lake, versions, None)
+    assert not told.passed
+    assert "no record of what the training set was made of; materialize m/training_set again" in (told.description or "")
+
+
+def test_a_training_set_is_not_made_of_files_that_changed_meanwhile(spec, lake):
+    versions, window = DvcVersions(root=lake.root), [dt.date(2024, 1, 2), DAY]
+    inside = [RAW, "m/validated_data/rows/2024-01-02.parquet", "m/features/v/2024-01-01.parquet"]
+    after = "m/raw_data/rows/2024-01-04.parquet"
+
+    def record(key, n):
+        lake.write(key, pa.table({"n": [n]}))
+        versions.record([key], key)
+
+    for n, key in enumerate(inside):
+        record(key, n)
+    before = training_set.files_read(spec, lake, versions, window)
+    record(after, 9)  # a new day is none of its own
+    training_set.require_unchanged(spec, window, before, training_set.files_read(spec, lake, versions, window))
+    described = training_record.describe(
+        spec, before.files, {"v": "SELECT"}, ["rows"], {"training_set": "t", "key": "k"}, window, before.without
+    )
+    assert (set(described.raw_data), described.views["v"].days) == ({RAW}, 1)
+    for key in inside:
+        before = training_set.files_read(spec, lake, versions, window)
+        record(key, 7)
+        with pytest.raises(TransientError, match=f"1 inputs of m changed while its training set was made, for example {key}"):
+            training_set.require_unchanged(spec, window, before, training_set.files_read(spec, lake, versions, window))
+    lake.write_bytes("m/quarantine/raw_data.json", json.dumps({"days": {DAY.isoformat(): {}}, "recompute": []}).encode())
+    now = training_set.files_read(spec, lake, versions, window)
+    with pytest.raises(TransientError, match="for example quarantine of raw_data/2024-01-03"):
+        training_set.require_unchanged(spec, window, now, now)

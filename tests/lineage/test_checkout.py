@@ -1,5 +1,6 @@
 import datetime as dt
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -98,6 +99,41 @@ def test_a_checkout_that_was_killed_completes_when_it_is_run_again(lake, version
             checkout.in_lake(lake, versions, "m", first)
     checkout.in_lake(lake, versions, "m", first)
     assert held(lake) == {ONE: b"one", TWO: b"two", MANIFEST: b"{}"}
+
+
+@pytest.mark.parametrize("record", [1, 2])
+def test_one_that_was_killed_at_a_record_is_recorded_when_it_is_run_again(lake, versions, first, monkeypatch, record):
+    lake.write_bytes(ONE, b"not recorded")
+    real, calls = DvcVersions.record, []
+
+    def killed(self, keys, message, **how):
+        calls.append(message)
+        if len(calls) == record:
+            raise KeyboardInterrupt
+        return real(self, keys, message, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DvcVersions, "record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkout.in_lake(lake, versions, "m", first)
+    checkout.in_lake(lake, versions, "m", first)
+    assert versions.contents("m/") == versions.contents("m/", first)
+    assert checkout.in_lake(lake, versions, "m", first).commit is None
+
+
+def test_a_removal_whose_recorder_was_killed_after_the_dvc_file_had_gone_is_recorded(lake, versions, first):
+    lake.delete(ONE)
+    (Path(versions.root) / f"{ONE}.dvc").unlink()
+    assert versions.record([ONE], "removed").files == {ONE: None}
+    assert ONE not in versions.contents("m/")
+
+
+def test_the_records_of_later_training_sets_stay(lake, versions, first):
+    inputs = "m/training_set/inputs/0123456789abcdef.json"
+    lake.write_bytes(inputs, b"{}")
+    versions.record([inputs], "later")
+    checkout.in_lake(lake, versions, "m", first)
+    assert (lake.read_bytes(inputs), inputs in versions.contents("m/")) == (b"{}", True)
 
 
 def test_nothing_changes_where_the_bytes_of_the_revision_are_lost(lake, versions, first, monkeypatch):

@@ -1,10 +1,11 @@
 import datetime as dt
+import threading
 
 import pyarrow as pa
 import pytest
 
 from mlops_dagster.assets.lake_paths import stored_days
-from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.errors import DataError, NotFoundError, TransientError
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.lineage import quarantine
 from mlops_dagster.lineage.quarantine import Decision, impose, lift
@@ -105,19 +106,70 @@ def test_back_in_and_out_again(spec, lake, versions, ledger):
     assert ledger.verify() is None
 
 
-@pytest.mark.parametrize("step", ["delete", "write_bytes"])
-def test_killed_half_way_it_completes(spec, lake, versions, ledger, monkeypatch, step):
-    def killed(*_):
-        raise KeyboardInterrupt
+STEPS = [(FolderLake, "delete", 3), (FolderLake, "write_bytes", 2), (DvcVersions, "record", 3)]
+
+
+@pytest.mark.parametrize(("owner", "step", "call"), [(o, s, n) for o, s, times in STEPS for n in range(times)])
+def test_killed_half_way_it_completes(spec, lake, versions, ledger, monkeypatch, owner, step, call):
+    real, calls = getattr(owner, step), []
+
+    def killed(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FolderLake, step, killed)
+        patch.setattr(owner, step, killed)
         with pytest.raises(KeyboardInterrupt):
             impose(spec, lake, versions, ledger, BAD, by("ana"))
     change = impose(spec, lake, versions, ledger, BAD, by("bob"))
-    assert (change.changed, change.entry.actor, len(ledger.entries("m"))) == (True, "ana", 1)
-    assert change.recompute == tuple(DAYS[2:5]) or step == "write_bytes"
+    done = (owner, step, call) == (DvcVersions, "record", 2)
+    assert (change.changed, change.entry.actor, len(ledger.entries("m"))) == (not done, "ana", 1)
+    assert change.recompute == tuple(DAYS[2:5])
+    assert sorted(versions.contents("m/features/")) == lake.list("m/features/")
+    assert quarantine.manifest_key("m") in versions.contents("m/quarantine/")
     assert (features(lake), quarantine.days(lake, "m")) == ([1, 2, 6, 7], {BAD})
+
+
+def test_of_two_decisions_at_once_none_is_lost(spec, lake, versions, ledger, monkeypatch):
+    read, other = quarantine.read, []
+
+    def interrupted(*arguments):
+        found = read(*arguments)
+        if not other:
+            other.append(threading.Thread(target=impose, args=(spec, lake, versions, ledger, DAYS[5], by("bob"))))
+            other[0].start()
+            other[0].join(1.0)
+        return found
+
+    monkeypatch.setattr(quarantine, "read", interrupted)
+    impose(spec, lake, versions, ledger, BAD, by("ana"))
+    other[0].join()
+    assert quarantine.days(lake, "m") == {BAD, DAYS[5]}
+
+
+def test_features_that_were_under_way_when_a_day_was_taken_out_are_not_stored(spec, lake, versions, ledger):
+    known = quarantine.read(lake, "m")
+    impose(spec, lake, versions, ledger, BAD, by("ana"))
+    with (
+        pytest.raises(TransientError, match="quarantine of raw_data/2024-01-03 of m changed while features were computed"),
+        quarantine.unchanged(spec, lake, versions, [DAYS[4]], known),
+    ):
+        make_features(lake, [DAYS[4]])
+    assert features(lake) == [1, 2, 6, 7]
+    with quarantine.unchanged(spec, lake, versions, [DAYS[5], DAYS[1]], known):  # their look-back does not reach it
+        make_features(lake, [DAYS[5]])
+
+
+def test_a_decision_waits_for_features_that_are_being_stored(spec, lake, versions, ledger, monkeypatch):
+    monkeypatch.setattr(quarantine, "WAIT_SECONDS", 0.1)
+    with (
+        quarantine.unchanged(spec, lake, versions, [DAYS[4]], quarantine.read(lake, "m")),
+        pytest.raises(TransientError, match="held by another process"),
+    ):
+        impose(spec, lake, versions, ledger, BAD, by("ana"))
+    assert (quarantine.days(lake, "m"), features(lake)) == (set(), [1, 2, 3, 4, 5, 6, 7])
 
 
 def test_the_features_that_left_can_be_had_again(spec, lake, versions, ledger):

@@ -51,9 +51,10 @@ def places(tmp_path, lake, opened) -> Places:
     return Places.embedded(tmp_path, None, writable)
 
 
-def collect(lake: FolderLake, rows: pa.Table, day: str = DAY) -> None:
+def collect(lake: FolderLake, rows: pa.Table, day: str = DAY, begun: dt.datetime | None = None) -> None:
+    begun = begun or dt.datetime.now(dt.UTC)
     lake.write(f"m/inference_log/{day}.parquet", rows)
-    request_search.store_index(lake, "m", day, rows)
+    request_search.store_index(lake, "m", day, rows, begun)
 
 
 def test_a_collected_request_is_found_with_its_features_without_the_lake_being_opened_to_write(lake, places, opened):
@@ -120,6 +121,26 @@ def test_what_was_logged_after_the_day_was_collected_is_found_too(lake, places, 
     collect(lake, log("a"))
     segments.write(log("b", first=1))
     assert [f.row["row_id"] for f in request_search.find(places, "m", "b")] == ["row 1"]
+
+
+def test_what_was_logged_while_the_day_was_collected_is_found_too(tmp_path, lake, places, segments):
+    """After the segments were read and before the log lay in the lake; and the rest of a batch whose first row was collected."""
+    segments.write(log("batch"))
+    begun = dt.datetime.now(dt.UTC)
+    segments.write(log("b", "batch", first=1))
+    written = tmp_path / "serving" / "inference_log" / "m" / f"day={DAY}"
+    collect(lake, log("batch"), begun=begun)
+    assert written.stat().st_mtime <= Path(lake.locate(f"m/inference_log/{DAY}.parquet")).stat().st_mtime
+    assert [f.row["row_id"] for f in request_search.find(places, "m", "b")] == ["row 1"]
+    first, second = request_search.find(places, "m", "batch")
+    assert (first.row["row_id"], first.file, second.row["row_id"]) == ("row 0", f"m/inference_log/{DAY}.parquet", "row 2")
+
+
+def test_segments_that_were_not_written_to_since_are_not_read_again(tmp_path, lake, places, segments, monkeypatch):
+    segments.write(log("a"))
+    collect(lake, log("a"), begun=dt.datetime.now(dt.UTC) + dt.timedelta(seconds=60))
+    monkeypatch.setattr(request_search, "_in_day", lambda *_: pytest.fail("read"))
+    assert len(request_search.find(places, "m", "a")) == 1
 
 
 def test_a_row_that_lies_in_two_segments_is_told_once(places, segments):

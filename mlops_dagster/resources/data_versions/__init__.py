@@ -20,7 +20,13 @@ class Revision:
 
 
 class DataVersions(Protocol):
-    """A history over lake keys. Where a revision is asked for, give a commit (or its beginning) or a moment with time zone."""
+    """A history over lake keys. Where a revision is asked for, give a commit (or its beginning) or a moment with time zone.
+
+    `root`: the folder of its repository on this machine, which every recorder shares.
+    """
+
+    @property
+    def root(self) -> str: ...
 
     def record(self, keys: Sequence[str], message: str) -> Revision:
         """Make the present content of the keys a revision; a tracked key that left the lake is recorded as removed.

@@ -55,12 +55,12 @@ class DvcVersions(ConfigurableResource):
         if not wanted:
             raise DataError("keys: none given to record. Name at least one lake key.")
         with self._locked() as repo:
-            described = {key: self._described(key) for key in wanted}
+            here = git_trees.tip(repo)
+            described = {key: self._described(key, here and here.tree) for key in wanted}
             blobs = {key + SUFFIX: None if text is None else repo.create_blob(text.encode()) for key, text in described.items()}
-            parent = git_trees.tip(repo)
-            tree = git_trees.with_files(repo, parent.tree if parent else None, blobs)
+            tree = git_trees.with_files(repo, here.tree if here else None, blobs)
             git_trees.refresh_index(repo, blobs)
-            unchanged = parent is not None and parent.tree.id == tree
+            unchanged = here is not None and here.tree.id == tree
             made = _last_change(repo, blobs) if unchanged else git_trees.commit(repo, tree, message, int(clock()))
             return _revision(made, {key: text and dvc_files.md5_in(text) for key, text in described.items()})
 
@@ -118,15 +118,16 @@ class DvcVersions(ConfigurableResource):
         dvc_files.write_text(marker, f"{self._remote()}\n{newest}\n")
         return sent
 
-    def _described(self, key: str) -> str | None:
-        """The text of the key's `.dvc` file, written with its object in the cache; None if the key left the lake."""
+    def _described(self, key: str, committed: Any) -> str | None:
+        """The text of the key's `.dvc` file, written with its object in the cache; None if the key left the lake. `committed`: the newest
+        tree, which still tracks a key whose recorder was killed after it had removed the `.dvc` file."""
         beside = self._root() / (key + SUFFIX)
         before = beside.read_text() if beside.exists() else None
         try:
             with self._content(key) as data:
                 md5, size = dvc_files.keep(data, self._cache(), hardlink=self.links == "hardlink")
         except FileNotFoundError:
-            if before is None:
+            if before is None and git_trees.entry(committed, key + SUFFIX) is None:
                 raise NotFoundError(
                     f"lake key {key!r}: not in the lake and not tracked in {self._root()}. Write it first."
                 ) from None
