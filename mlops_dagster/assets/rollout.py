@@ -13,7 +13,7 @@ from mlops_dagster.assets.lake_paths import canonical, day_key, stored_days
 from mlops_dagster.assets.smoke import failures as smoke_failures
 from mlops_dagster.core import rollout as engine
 from mlops_dagster.core.analysis import Verdict, judge_down, judge_labels, judge_start
-from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, TransientError
+from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, StorageError, TransientError
 from mlops_dagster.core.measurements import Counters, Measurements
 from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
 from mlops_dagster.core.rollout_gates import Outcome
@@ -41,6 +41,9 @@ RESOURCES = {
 }
 HISTORY = dt.timedelta(minutes=15)
 """How much of the champion's time before a rollout is looked at: an hour ago it may have answered under another load."""
+
+_VERIFIED: dict[Path, artifact.Stamps] = {}
+"""The files of the artifacts that had the right digest; the folder's name is that digest."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +230,18 @@ def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version, state: Rollo
 
 
 def _artifact(parts: Parts, spec: ModelSpec, version: Version) -> Path:
-    """The version's artifact on this machine, fetched and verified once."""
+    """The version's artifact on this machine, fetched once; its files are hashed once a process, and again when they change.
+
+    The predictor compares the bytes that it loads with the digest itself.
+    """
     folder = parts.cache / spec.name / version.digest
-    if folder.is_dir() and artifact.digest(folder) == version.digest:
-        return folder
+    if folder.is_dir():
+        found = artifact.stamps(folder)  # before the bytes, so that a change in between is seen next time
+        if _VERIFIED.get(folder) == found:
+            return folder
+        if artifact.digest(folder) == version.digest:
+            _VERIFIED[folder] = found
+            return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     return parts.registry.fetch(spec.name, version.number, folder)
 
@@ -278,9 +289,7 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
     judged = engine.verdict_on(state, measurements, policy, now)
     if judged is None:
         return Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
-    judged = replace(
-        judged, evidence={**judged.evidence, **rollout_evidence.described(rollout_evidence.tally_of(parts, spec, state))}
-    )
+    judged = replace(judged, evidence={**judged.evidence, **_described(parts, spec, state)})
     if problem is not None and judged.outcome is not Outcome.FAIL:
         return replace(judged, outcome=Outcome.ERROR, reasons=(problem,))
     if step.routes.match is not None and judged.outcome is not Outcome.FAIL and judged.requests < step.minimum_requests:
@@ -296,7 +305,11 @@ def _gone(
 ) -> Verdict | None:
     """FAIL when the candidate's server keeps dying or stays away, which callers do not notice: other arms stand in for it."""
     # Deaths of an earlier rollout of the same version, whose server ran on, are not this one's.
-    restarts = arm.deaths - min(arm.deaths, rollout_evidence.tally_of(parts, spec, state).first("deaths", arm.deaths))
+    try:
+        before = rollout_evidence.tally_of(parts, spec, state).first("deaths", arm.deaths)
+    except StorageError:  # told by `_measured`; how long the server is away counts all the same
+        before = arm.deaths
+    restarts = arm.deaths - min(arm.deaths, before)
     down = now.timestamp() - arm.down_since if arm.down_since is not None else 0.0
     return judge_down(state.candidate, down, restarts, policy)
 
@@ -314,13 +327,16 @@ def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
         known = replace(known, history=_history(parts, spec, state, now))
     try:
         reading = parts.live_metrics.totals(spec.name)
-        # The first look only sets the start. What the tally has by then is all the rollout's own, so it belongs to the next tick.
-        first = known.began is None
-        arms = (
-            reading.arms if first else rollout_evidence.added(reading.arms, state, rollout_evidence.tally_of(parts, spec, state))
-        )
     except TransientError as error:
         return known, problem or (None if isinstance(error, ServingError) else str(error))
+    arms = reading.arms
+    # The first look only sets the start. What the tally has by then is all the rollout's own, so it belongs to the next tick.
+    if known.began is not None:
+        try:
+            arms = rollout_evidence.added(arms, state, rollout_evidence.tally_of(parts, spec, state))
+        except StorageError as error:  # what the gateway counted must be judged nevertheless: it may be all failures
+            problem = problem or str(error)
+            arms = rollout_evidence.unchanged(arms, known.last)
     # A reading is as old as its last sample: its own time counts, so that the same sample is never two ticks.
     measured = known.observe(reading.at, arms)
     if measured != known:
@@ -329,6 +345,13 @@ def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
         aside.write_bytes(canonical(measured.to_json()))
         aside.replace(file)
     return measured, problem
+
+
+def _described(parts: Parts, spec: ModelSpec, state: RolloutState) -> dict[str, Any]:
+    try:
+        return rollout_evidence.described(rollout_evidence.tally_of(parts, spec, state))
+    except StorageError:  # told by `_measured`
+        return {}
 
 
 def _history(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Counters:

@@ -20,7 +20,7 @@ from mlops_dagster.assets.lake_paths import day_key, stored_days
 from mlops_dagster.assets.live_performance import with_labels
 from mlops_dagster.core import answers
 from mlops_dagster.core.analysis import count_units
-from mlops_dagster.core.errors import DeclarationError
+from mlops_dagster.core.errors import DataError, DeclarationError, MlopsError
 from mlops_dagster.core.measurements import Counters
 from mlops_dagster.core.rollout import RolloutState
 from mlops_dagster.core.routes import version_of
@@ -35,6 +35,7 @@ WINDOW = dt.timedelta(minutes=5)
 """Answers are read this many at a time, however long nobody looked."""
 LABEL_DAYS = 60
 SHADOW_GATES = {"disagreement", "score_shift"}
+GATEWAY = ("requests", "errors", "latency")
 COLUMNS = [*answers.ROW, *answers.ANSWER, "version", "shadow"]
 
 
@@ -44,7 +45,7 @@ def tally_of(parts: "Parts", spec: ModelSpec, state: RolloutState) -> Tally:
 
 
 def collect(parts: "Parts", spec: ModelSpec, state: RolloutState, now: dt.datetime) -> None:
-    """Count what was answered, and which labels landed, since the last look. Raises MlopsError."""
+    """Count what was answered, and which labels landed, since the last look. Raises MlopsError; what is sound is counted."""
     step, tally = state.current, tally_of(parts, spec, state)
     if step is None:
         return
@@ -63,6 +64,8 @@ def collect(parts: "Parts", spec: ModelSpec, state: RolloutState, now: dt.dateti
         after = begin = until
     _labels(parts, spec, state, tally, now)
     tally.look()
+    if (problem := tally.labels_problem()) is not None:
+        raise MlopsError(problem)
 
 
 def added(arms: Mapping[str, Counters], state: RolloutState, tally: Tally) -> dict[str, Counters]:
@@ -76,6 +79,16 @@ def added(arms: Mapping[str, Counters], state: RolloutState, tally: Tally) -> di
             more |= {name: getattr(agreed, name) for name in ("compared", "disagreed", "shifted")}
         result[arm] = replace(counters, **more)
     return result
+
+
+def unchanged(arms: Mapping[str, Counters], last: Mapping[str, Counters]) -> dict[str, Counters]:
+    """The gateway's counters with what the tally had said by `last`: as if nothing was answered or labelled since.
+
+    Without it those counters would seem to begin anew, and be counted twice when the tally can be read again.
+    """
+    return {
+        arm: replace(last.get(arm, Counters()), **{n: getattr(counters, n) for n in GATEWAY}) for arm, counters in arms.items()
+    }
 
 
 def described(tally: Tally) -> dict[str, Any]:
@@ -147,29 +160,50 @@ def _scored(parts: "Parts", spec: ModelSpec, after: dt.datetime, until: dt.datet
 
 
 def _labels(parts: "Parts", spec: ModelSpec, state: RolloutState, tally: Tally, now: dt.datetime) -> None:
-    """Count the days whose live performance has changed since they were counted last."""
+    """Count the days whose live performance has changed since they were counted last; a day that is wrong holds up no other.
+
+    Such a day is tried again at the next look for labels; until then `tally.labels_problem` says what is wrong with it.
+    """
     looked = tally.labels_looked_at()
     if looked is not None and (now - looked).total_seconds() < parts.label_seconds:
         return
-    seen, new = tally.seen(), {}
-    for day in stored_days(parts.lake, spec, "live_performance", suffix="json")[-LABEL_DAYS:]:
-        content = parts.lake.read_bytes(day_key(spec, "live_performance", day, suffix="json"))
-        figures, digest = json.loads(content), hashlib.sha256(content).hexdigest()
-        if seen.get(day.isoformat()) != digest and figures["requests"]:
-            new[day] = digest
+    tally.labels_looked(now)  # first: whatever goes wrong below, the lake is not read again at every tick
+    seen, counted, problems = tally.seen(), {}, []
     labels, outcomes = tally.labels(everything=True), {}
-    waiting = tally.open_requests() if new and _needs_labels(spec, state) else []
-    for day in new:
-        rows = _answered_with_labels(parts, spec, state, day)
-        labels = answers.advanced(labels, _wrong(spec, state, day, rows))
-        if waiting:
-            outcomes |= _judged(spec, _first_rows(rows, waiting))
-    tally.count_labels(now, {day.isoformat(): digest for day, digest in new.items()}, labels, outcomes)
+    waiting = tally.open_requests() if _needs_labels(spec, state) else []
+    for day in stored_days(parts.lake, spec, "live_performance", suffix="json")[-LABEL_DAYS:]:
+        try:
+            digest = _changed(parts, spec, day, seen)
+            if digest is None:
+                continue
+            rows = _answered_with_labels(parts, spec, state, day, everything=bool(waiting))
+            judged = _judged(spec, _first_rows(rows, waiting)) if waiting else {}
+            labels = answers.advanced(labels, _wrong(spec, state, day, rows))
+        except MlopsError as error:
+            problems.append(f"labels of {day.isoformat()}: {error}")
+            continue
+        outcomes |= judged
+        counted[day.isoformat()] = digest
+    tally.count_labels(now, counted, labels, outcomes, "; ".join(problems[:3]) or None)
 
 
-def _answered_with_labels(parts: "Parts", spec: ModelSpec, state: RolloutState, day: dt.date) -> pl.DataFrame:
-    """The day's answers of the rollout's versions since it began, oldest first, with labels."""
-    log = pl.DataFrame(parts.lake.read(day_key(spec, "inference_log", day)))
+def _changed(parts: "Parts", spec: ModelSpec, day: dt.date, seen: Mapping[str, str]) -> str | None:
+    """The digest of the day's live performance where it has requests and is not the one that was counted."""
+    key = day_key(spec, "live_performance", day, suffix="json")
+    content = parts.lake.read_bytes(key)
+    digest = hashlib.sha256(content).hexdigest()
+    if seen.get(day.isoformat()) == digest:
+        return None
+    try:
+        return digest if json.loads(content)["requests"] else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{key} is damaged ({error!r}): materialize live_performance of that day again.") from error
+
+
+def _answered_with_labels(parts: "Parts", spec: ModelSpec, state: RolloutState, day: dt.date, everything: bool) -> pl.DataFrame:
+    """The day's answers of the rollout's versions since it began, oldest first, with labels; `everything` for a metric to read."""
+    columns = None if everything else [*COLUMNS, "logged_at"]
+    log = pl.DataFrame(parts.lake.read(day_key(spec, "inference_log", day), columns))
     first = parts.ledger.find(f"rollout/{state.rollout_id}/0")
     began = first.time if first is not None else state.entered_at
     log = log.filter((pl.col("logged_at") >= began) & pl.col("version").is_in([state.candidate, state.champion]))

@@ -1,7 +1,6 @@
 """The predictor: both protocols over one model, from a request's arrival to its answer and its line in the log."""
 
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -15,6 +14,7 @@ from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.log_rows import Event
 from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.pages import JSON, Pages
+from mlops_dagster.serving.pooled import one_at_a_time
 from mlops_dagster.serving.protocol import Batch
 from mlops_dagster.serving.rows import InputError, RowReader, check_distinct, event_time, row_id
 from mlops_dagster.serving.scoring import Scorer
@@ -36,7 +36,8 @@ class Predictor:
     """Answers the requests that `dispatch.Server` hands over.
 
     `online` completes rows that lack features, in `pool`, because a feature store may be slow; without it every request is answered in the
-    thread it arrives in. `request_ids` gives ids to requests that bring none.
+    thread it arrives in, or in `scorers`, where a model is slow too: once its body is whole. What a pool refuses with TransientError is
+    answered with 503. `request_ids` gives ids to requests that bring none.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Predictor:
         maximum_body_bytes: int,
         online: OnlineFeatures | None = None,
         pool: Executor | None = None,
+        scorers: Executor | None = None,
     ) -> None:
         self._signature = scorer.signature
         self._scorer = scorer
@@ -59,8 +61,9 @@ class Predictor:
         self._maximum = maximum_body_bytes
         self._online = online
         self._pool = pool
-        self._one = scorer.one if online is None else _locked(scorer.one)
-        self._record = log.append if online is None else _locked(log.append)
+        self._scorers = scorers
+        self._one = scorer.one if online is None or scorer.concurrent else one_at_a_time(scorer.one)
+        self._record = log.append if online is None and scorers is None else one_at_a_time(log.append)
         self._unread: dict[int, tuple[Any, Any]] = {}  # by time of arrival: what to cancel, whom to answer
         self._version_header = ("x-model-version", pages.version)
         v2 = f"/v2/models/{pages.model}"
@@ -84,7 +87,7 @@ class Predictor:
 
                 def take(body: bytes | None) -> None:
                     if self._received(arrived):
-                        handler(headers, proto, body, arrived)
+                        self._hand_over(handler, headers, proto, body, arrived)
 
                 gathering = _Gathering(proto, self._maximum, take)
                 self._unread[arrived] = gathering, proto
@@ -99,7 +102,7 @@ class Predictor:
                             content = body.result()
                         except Exception:
                             return  # the caller went away before its body was whole
-                        handler(headers, proto, content, arrived)
+                        self._hand_over(handler, headers, proto, content, arrived)
 
                 body = proto()
                 self._unread[arrived] = body, proto
@@ -119,6 +122,18 @@ class Predictor:
     def _received(self, arrived: int) -> bool:
         """Whether the body is still waited for; from now on it is not."""
         return self._unread.pop(arrived, None) is not None
+
+    def _hand_over(self, handler: Callable[..., None], headers: Any, proto: Any, body: bytes | None, arrived: int) -> None:
+        """Answer here, or in the scorers' pool where there is one: the body is here, so waiting for a thread is no fault of it."""
+        if self._scorers is None:
+            handler(headers, proto, body, arrived)
+            return
+        try:
+            self._scorers.submit(handler, headers, proto, body, arrived)
+        except Exception as error:
+            kind = "v1" if handler == self._predict_v1 else "v2"
+            identity = headers.get(REQUEST_ID_HEADER) or self._next_id()
+            self._refuse(proto, kind, identity, headers.get(SHADOW_HEADER) == "1", arrived, error)
 
     def _predict_v1(self, headers: Any, proto: Any, body: bytes | None, arrived: int) -> None:
         begun = perf_counter_ns()
@@ -335,16 +350,6 @@ def _header_safe(identity: str) -> str:
     return (
         identity[:MAXIMUM_REQUEST_ID] if identity.isascii() and identity.isprintable() else ascii(identity)[1:MAXIMUM_REQUEST_ID]
     )
-
-
-def _locked(work: Callable[..., Any]) -> Callable[..., Any]:
-    lock = threading.Lock()
-
-    def one_at_a_time(*arguments: Any) -> Any:
-        with lock:
-            return work(*arguments)
-
-    return one_at_a_time
 
 
 def _reserved(instance: Any) -> dict[str, Any]:

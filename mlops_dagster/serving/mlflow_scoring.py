@@ -21,15 +21,19 @@ ROWS_A_REQUEST = 5_000
 def opened(artifact: Artifact, threads: int = 1) -> Iterator[Scorer]:
     """The scorer of an artifact: of ONNX Runtime, or of MLflow's own server, which ends with the block.
 
-    Raises ArtifactError when the model cannot be loaded, ServingError when the server does not start.
+    The model's bytes are not held on to. Raises ArtifactError when the model cannot be loaded, ServingError when the server does not
+    start.
     """
     if not artifact.native:
-        yield Scorer(artifact, threads)
+        scorer = Scorer(artifact, threads)
+        del artifact
+        yield scorer
         return
-    server = MlflowServer(artifact.native, threads)
+    server, signature = MlflowServer(artifact.native, threads), artifact.signature
+    del artifact
     server.start()
     try:
-        yield MlflowScorer(artifact.signature, server)
+        yield MlflowScorer(signature, server)
     finally:
         server.stop()
 
@@ -38,6 +42,7 @@ class MlflowScorer(Scorer):
     """See Scorer; `one` and `many` may both be called from any thread, and wait for the server."""
 
     platform = "mlflow_pyfunc"
+    concurrent = True
 
     def __init__(self, signature: Signature, server: MlflowServer) -> None:
         self.signature = signature

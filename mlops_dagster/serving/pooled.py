@@ -1,22 +1,34 @@
-"""Predictions in a pool of threads, where the model is slow: the thread that reads requests goes on answering health checks."""
+"""Work in threads, where the model or a store is slow: the thread that reads requests goes on answering health checks."""
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from mlops_dagster.serving.dispatch import Handler
+from mlops_dagster.core.errors import ServingError
 
 
-class Pooled:
-    """Passes requests on to `handler`; what waits for a request's body goes on in `pool` once the body is there."""
+class BoundedPool(ThreadPoolExecutor):
+    """So many threads, and so much that may wait for them; more is refused at once with ServingError."""
 
-    def __init__(self, handler: Handler, pool: Executor) -> None:
-        self._handler = handler
-        self._pool = pool
+    def __init__(self, threads: int, waiting: int, name: str) -> None:
+        super().__init__(threads, name)
+        self._most = threads + waiting
+        self._room = threading.BoundedSemaphore(self._most)
 
-    def __call__(self, scope: Any, proto: Any) -> None:
-        self._handler(scope, _Protocol(proto, self._pool))
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> "Future[Any]":
+        """See Executor.submit."""
+        if not self._room.acquire(blocking=False):
+            raise ServingError(
+                f"{self._most} requests are being answered or wait already. Try again later, or send fewer at once."
+            )
+        try:
+            future = super().submit(work, *arguments, **named)
+        except BaseException:
+            self._room.release()
+            raise
+        future.add_done_callback(lambda _: self._room.release())
+        return future
 
 
 class LockedIterator:
@@ -41,35 +53,3 @@ def one_at_a_time(work: Callable[..., Any]) -> Callable[..., Any]:
             return work(*arguments)
 
     return locked
-
-
-class _Protocol:
-    """Granian's protocol object of one request."""
-
-    def __init__(self, inner: Any, pool: Executor) -> None:
-        self._inner = inner
-        self._pool = pool
-        self.response_bytes = inner.response_bytes
-
-    def __call__(self) -> "_Awaited":
-        return _Awaited(self._inner(), self._pool)
-
-    def __aiter__(self) -> "_Protocol":
-        self._stream = self._inner.__aiter__()
-        return self
-
-    def __anext__(self) -> "_Awaited":
-        return _Awaited(self._stream.__anext__(), self._pool)
-
-
-class _Awaited:
-    """A future of granian's whose callbacks are called in the pool."""
-
-    def __init__(self, inner: Any, pool: Executor) -> None:
-        self._inner = inner
-        self._pool = pool
-        self.result = inner.result
-        self.cancel = inner.cancel
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._inner.add_done_callback(lambda done: self._pool.submit(callback, done))

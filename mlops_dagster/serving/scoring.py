@@ -59,10 +59,12 @@ def open_session(model: bytes, threads: int = 1) -> ort.InferenceSession:
 class Scorer:
     """Rows in signature order in, label (or value) and probabilities out.
 
-    `one` reuses its memory and must not be called from two threads at once; `many` may. `platform` is its name in V2's metadata.
+    `many` may be called from two threads at once; `one`, which reuses its memory, only where `concurrent` says so. `platform` is its
+    name in V2's metadata.
     """
 
     platform = "onnxruntime_onnx"
+    concurrent = False
 
     def __init__(self, artifact: Artifact, threads: int = 1) -> None:
         self.signature = artifact.signature

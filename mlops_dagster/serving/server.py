@@ -12,21 +12,20 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, StorageError
 from mlops_dagster.serving.app import OnlineFeatures, Predictor
-from mlops_dagster.serving.artifact import Artifact, load
-from mlops_dagster.serving.dispatch import BACKLOG, Handler, Server
+from mlops_dagster.serving.artifact import load
+from mlops_dagster.serving.dispatch import BACKLOG, Server
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.mlflow_scoring import MlflowScorer, opened
 from mlops_dagster.serving.pages import Pages
 from mlops_dagster.serving.parentage import die_with_parent
-from mlops_dagster.serving.pooled import LockedIterator, Pooled, one_at_a_time
+from mlops_dagster.serving.pooled import BoundedPool, LockedIterator
 from mlops_dagster.serving.scoring import Scorer
 
 EXIT_USAGE, EXIT_ARTIFACT, EXIT_PORT, EXIT_LOG, EXIT_MODEL = 2, 3, 4, 5, 6
@@ -34,6 +33,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 SWITCH_INTERVAL_SECONDS = 0.0005
 FEATURE_STORE_THREADS = 4
 MLFLOW_THREADS = 8
+WAITING = 256  # requests for a thread of either, each with its body
 SWEEP_SECONDS, BODY_SECONDS = 1.0, 30.0
 GC_THRESHOLDS = (50_000, 20, 100)  # events wait in lists by the thousand and form no cycles
 
@@ -74,15 +74,17 @@ def main(given: list[str] | None = None) -> int:
         artifact = load(chosen.artifact, chosen.sha256)
         if artifact.native:  # its start takes seconds, and a stop in between must not leave its files behind
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        with opened(artifact, chosen.onnx_threads) as scorer:
-            return _answer(chosen, artifact, scorer)
+        sha256, opening = artifact.sha256, opened(artifact, chosen.onnx_threads)
+        del artifact  # the model's bytes, which the scorer or MLflow's server has from here on
+        with opening as scorer:
+            return _answer(chosen, sha256, scorer)
     except ArtifactError as error:
         return _fail(EXIT_ARTIFACT, error)
     except ServingError as error:
         return _fail(EXIT_MODEL, error)
 
 
-def _answer(chosen: argparse.Namespace, artifact: Artifact, scorer: Scorer) -> int:
+def _answer(chosen: argparse.Namespace, sha256: str, scorer: Scorer) -> int:
     """All around the scorer, and then `serve`."""
     try:
         bound = bind(chosen.host, chosen.port)
@@ -108,11 +110,13 @@ def _answer(chosen: argparse.Namespace, artifact: Artifact, scorer: Scorer) -> i
         return _fail(EXIT_LOG, error)
     except MlopsError as error:
         return _fail(EXIT_USAGE, error)
-    pages = Pages(scorer, chosen.model, chosen.version, chosen.arm, artifact.sha256, _software(), log, metrics)
+    pages = Pages(scorer, chosen.model, chosen.version, chosen.arm, sha256, _software(), log, metrics)
     ids: Iterator[str] = request_ids()
+    scorers = None
     if isinstance(scorer, MlflowScorer):
-        ids, log.append = LockedIterator(ids), one_at_a_time(log.append)
-    predictor = Predictor(scorer, pages, log, metrics, ids, chosen.maximum_body_bytes, online, pool)
+        # It may take long, and health checks must not wait for it.
+        ids, scorers = LockedIterator(ids), BoundedPool(MLFLOW_THREADS, WAITING, "mlflow")
+    predictor = Predictor(scorer, pages, log, metrics, ids, chosen.maximum_body_bytes, online, pool, scorers)
     return serve(bound, predictor, scorer, pages, log, chosen.drain_seconds, chosen.grace_seconds)
 
 
@@ -135,7 +139,7 @@ def serve(
     gc.set_threshold(*GC_THRESHOLDS)
     host, port = bound.getsockname()[:2]
     lost = _watch(scorer, asked)
-    server = Server(bound, _handler(predictor, scorer))
+    server = Server(bound, predictor)
     log.start()
     server.start()
     print(
@@ -152,13 +156,6 @@ def serve(
     left = "" if in_time else f", connections still open after {grace_seconds:g} s were cut"
     print(f"mlops predictor: stopped; {status.written} rows logged, {status.waiting + status.dropped} not{left}", flush=True)
     return _fail(EXIT_MODEL, "MLflow's server ended by itself, so this process ends too") if lost.is_set() else 0
-
-
-def _handler(predictor: Predictor, scorer: Scorer) -> Handler:
-    """MLflow's server is waited for in threads of their own: it may take long, and health checks must not wait for it."""
-    if not isinstance(scorer, MlflowScorer):
-        return predictor
-    return Pooled(predictor, ThreadPoolExecutor(MLFLOW_THREADS, "mlflow"))
 
 
 def _watch(scorer: Scorer, asked: threading.Event) -> threading.Event:
@@ -191,12 +188,12 @@ def request_ids() -> Iterator[str]:
     return (f"{prefix}-{number:x}" for number in itertools.count(1))
 
 
-def _online(chosen: argparse.Namespace) -> tuple[OnlineFeatures | None, ThreadPoolExecutor | None]:
+def _online(chosen: argparse.Namespace) -> tuple[OnlineFeatures | None, BoundedPool | None]:
     if chosen.feature_repo is None:
         return None, None
     from mlops_dagster.serving.transformer import OnlineFeatures as FeastFeatures
 
-    return FeastFeatures(chosen.feature_repo, chosen.model), ThreadPoolExecutor(FEATURE_STORE_THREADS, "feature-store")
+    return FeastFeatures(chosen.feature_repo, chosen.model), BoundedPool(FEATURE_STORE_THREADS, WAITING, "feature-store")
 
 
 def _name(value: str) -> str:

@@ -24,7 +24,7 @@ from tests.lifecycle.rollout_site import BODY, add_version, predict_url, site, s
 from tests.serving.gateway_hosts import eventually, new_model, record
 
 SENSOR_SECONDS = 5.0  # how often Dagster's daemon has the rollout sensor look
-BACK_WITHIN_SECONDS = 15.0
+BACK_WITHIN_SECONDS = 30.0  # how long it takes on a machine of its own is measured by benchmarks/canary_rollback.py
 PER_SECOND = 100
 # A tenth of the requests for a minute: what is wrong must be seen in the first step.
 CANARY = {"steps_percent": [10, 50], "step_seconds": 60, "watch_seconds": 60, "minimum_requests": 200, "keep_warm_seconds": 5}
@@ -75,17 +75,25 @@ def seconds_to_zero(parts: Parts, spec: ModelSpec, load: Load, bad: Callable[[An
 
 
 @pytest.mark.parametrize(
-    ("faults", "reason"),
-    [({"fail_every": 5, "slow_ms": 6}, "failed requests"), ({"slow_ms": 60}, "answers slower than")],
-    ids=["fails_a_fifth", "ten_times_slower"],
+    ("faults", "reason", "torn"),
+    [
+        ({"fail_every": 5, "slow_ms": 6}, "failed requests", False),
+        ({"fail_every": 5, "slow_ms": 6}, "failed requests", True),
+        ({"slow_ms": 60}, "answers slower than", False),
+    ],
+    ids=["fails_a_fifth", "fails_a_fifth_and_its_tally_is_torn", "ten_times_slower"],
 )
-def test_a_bad_version_has_no_weight_fifteen_seconds_after_its_first_bad_answer(
-    parts: Parts, spec: ModelSpec, faults: dict[str, Any], reason: str
+def test_a_bad_version_has_no_weight_soon_after_its_first_bad_answer(
+    parts: Parts, spec: ModelSpec, faults: dict[str, Any], reason: str, torn: bool
 ) -> None:
     with Load(predict_url(parts, spec.name), BODY, PER_SECOND) as load:
         time.sleep(5)  # what the champion's latency is when no server starts beside it
         bring_in(parts, spec, faults)
         until_started(parts, spec)
+        if torn:
+            state = rollout.current(parts, spec.name)
+            assert state is not None
+            rollout.rollout_evidence.tally_of(parts, spec, state).path.write_bytes(b"torn" * 2000)
         found = until_over(parts, spec, 40)
         assert eventually(lambda: parts.serving.observe(spec.name).routes == found.state.routes)
         time.sleep(1)

@@ -1,5 +1,6 @@
 """Models without an ONNX form: MLflow's own server behind the same predictor, over real processes."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,9 +8,13 @@ import signal
 import subprocess
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from zoneinfo import ZoneInfo
 
 import httpx
 import numpy as np
@@ -26,8 +31,17 @@ from mlops_dagster.core.errors import ArtifactError, DeclarationError
 from mlops_dagster.core.routes import Routes
 from mlops_dagster.resources.serving import Arm
 from mlops_dagster.resources.training import mlflow_export
+from mlops_dagster.serving import server
+from mlops_dagster.serving.app import Predictor
 from mlops_dagster.serving.artifact import Feature, Signature, digest, load, write_signature
+from mlops_dagster.serving.dispatch import Server
+from mlops_dagster.serving.inference_log import InferenceLog
+from mlops_dagster.serving.metrics import Metrics
+from mlops_dagster.serving.mlflow_scoring import opened
+from mlops_dagster.serving.pages import Pages
+from mlops_dagster.serving.pooled import BoundedPool, LockedIterator
 from mlops_dagster.serving.segments import days, read_segments
+from mlops_dagster.serving.server import bind
 
 FEATURES = (
     Feature("distance", "float64", nullable=True),
@@ -162,6 +176,70 @@ def test_health_and_other_callers_do_not_wait_for_a_slow_answer(votes: Process, 
         assert ask(votes, votes_model.instances(1)).status_code == 200
         assert time.monotonic() - begun < 1.4
         assert waiting.result().status_code == 200
+
+
+@pytest.fixture
+def with_store(votes_model: Model) -> Iterator[tuple[str, Predictor]]:
+    """A predictor in this process that has a feature store, two threads for its model, and room for one request more."""
+    artifact = load(votes_model.folder, votes_model.sha256)
+    metrics = Metrics("m", "1", "champion")
+    with opened(artifact) as scorer, BoundedPool(2, 1, "mlflow") as scorers, ThreadPoolExecutor(1) as store:
+        log = InferenceLog(None, scorer.signature, "m", "1", "champion", metrics, ZoneInfo("UTC"))
+        pages = Pages(scorer, "m", "1", "champion", artifact.sha256, "0", log, metrics)
+        ids = LockedIterator(map(str, itertools.count()))
+        predictor = Predictor(scorer, pages, log, metrics, ids, 100_000, SimpleNamespace(complete=list), store, scorers)  # type: ignore[arg-type]
+        bound = bind("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/models/m:predict"
+        listening_server = Server(bound, predictor)
+        listening_server.start()
+        yield url, predictor
+        listening_server.stop()
+        assert listening_server.wait(10)
+
+
+def test_requests_are_answered_side_by_side_wait_without_blame_and_no_more_than_there_is_room_for(
+    with_store: tuple[str, Predictor], votes_model: Model
+) -> None:
+    url, predictor = with_store
+    body = {"instances": [{**votes_model.instances(1)[0], "distance": WAITS_AT}]}
+    ended: list[float] = []
+
+    def ask_slowly(_: int) -> int:
+        status = httpx.post(url, json=body, timeout=30).status_code
+        ended.append(time.monotonic())
+        return status
+
+    with ThreadPoolExecutor(3) as callers:
+        slow = callers.map(ask_slowly, range(3))
+        time.sleep(0.6)
+        predictor.give_up_bodies(0.0)  # the third body is whole, though no thread has it yet
+        refused = httpx.post(url, json=body, headers={"x-request-id": "mine"})
+        assert (refused.status_code, refused.headers["x-request-id"]) == (503, "mine")
+        assert "3 requests are being answered or wait already" in refused.json()["error"]
+        assert list(slow) == [200] * 3
+    assert ended[1] - ended[0] < 1.2, "two at once, not one after the other"
+    assert httpx.post(url, json={"instances": votes_model.instances(1)}).status_code == 200
+
+
+class Files(dict[str, bytes]):
+    """A dictionary that can be seen to be gone."""
+
+
+def test_the_predictor_does_not_hold_the_models_bytes(votes_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = load(votes_model.folder, votes_model.sha256)
+    files = Files(read.native)
+    seen, given = weakref.ref(files), [replace(read, native=files)]
+    del read, files
+    held: list[bool] = []
+    monkeypatch.setattr(server, "load", lambda *_: given.pop())
+    monkeypatch.setattr(server, "_answer", lambda *_: held.append(seen() is not None) or 0)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        arguments = ["--artifact", str(votes_model.folder), "--sha256", votes_model.sha256, "--model", "m", "--version", "1"]
+        assert server.main([*arguments, "--port", "0"]) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert held == [False]
 
 
 def test_a_mixed_model_is_answered_and_refused_as_with_onnx(

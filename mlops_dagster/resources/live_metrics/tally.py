@@ -21,6 +21,7 @@ from mlops_dagster.core.answers import Agreement
 from mlops_dagster.core.errors import StorageError
 
 SPREAD = 16
+LOCK_SECONDS = 2.0  # a tick asks some four times, and what the gateway counted is judged only after that
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -109,14 +110,24 @@ class Tally:
         at = self._note("labels_at")
         return None if at is None else datetime.fromisoformat(at)
 
+    def labels_looked(self, now: datetime) -> None:
+        """Note that labels are looked for at `now`."""
+        with self._open() as db:
+            _write(db, "labels_at", now.isoformat())
+
+    def labels_problem(self) -> str | None:
+        """What was wrong with labels when they were looked for last."""
+        return self._note("labels_problem")
+
     def count_labels(
         self,
         now: datetime,
         seen: Mapping[str, str],
         labels: Mapping[str, tuple[int, int]],
         outcomes: Mapping[str, int | None],
+        problem: str | None = None,
     ) -> None:
-        """Keep what labels say at `now`: the new state of `labels`, and the outcomes of requests that were open."""
+        """Keep what labels say at `now`: the new state of `labels`, the outcomes of requests that were open, and what is wrong."""
         known = [(outcome, identity) for identity, outcome in outcomes.items() if outcome is not None]
         with self._open() as db, db:
             db.execute("BEGIN IMMEDIATE")
@@ -135,6 +146,7 @@ class Tally:
             if seen:
                 _write(db, "last_due", look + SPREAD)
             _write(db, "labels_at", now.isoformat())
+            _write(db, "labels_problem", problem)
             _write(db, "seen", {**(_read(db, "seen") or {}), **seen})
 
     def first(self, name: str, value: Any) -> Any:
@@ -165,7 +177,7 @@ class Tally:
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=5, isolation_level=None)) as db:
+            with closing(sqlite3.connect(self.path, timeout=LOCK_SECONDS, isolation_level=None)) as db:
                 db.execute("PRAGMA journal_mode = WAL")
                 db.executescript(_SCHEMA)
                 yield db

@@ -12,6 +12,7 @@ from typing import Any
 
 from mlops_dagster.core.errors import ServingError, StorageError
 from mlops_dagster.core.routes import Routes
+from mlops_dagster.resources.live_metrics import unit_log
 from mlops_dagster.resources.serving.envoy_admin import EnvoyAdmin
 from mlops_dagster.resources.serving.envoy_config import METADATA, Published, clusters, resource_file, route_configuration
 from mlops_dagster.resources.serving.envoy_listener import Gateway, bootstrap, for_validation, listener
@@ -137,19 +138,29 @@ class EnvoyFiles:
         return routes_in(tables[0]) if tables else {}
 
     def keep_logs_small(self, limit_bytes: int = 64 * MEBIBYTE) -> None:
-        """Put a long log of requests aside (one is kept) and have Envoy open a new one; sticky keys are not kept beyond a test."""
+        """Put a long log of requests aside (one is kept) and have Envoy open a new one; sticky keys are not kept beyond a test.
+
+        A test runs while a model's routes are sticky, however long nobody asks.
+        """
         units = self.folder.unit_log
         try:
             for path in (self.folder.logs / "access.jsonl", units):
                 if path.exists() and path.stat().st_size > limit_bytes:
+                    if path == units:
+                        unit_log.dropping(unit_log.before(units), units)
                     os.replace(path, path.with_suffix(".1.jsonl"))
                     self.admin.reopen_logs()
-            if units.exists() and units.stat().st_size > 0 and time.time() - units.stat().st_mtime > UNITS_KEPT_SECONDS:
-                units.with_suffix(".1.jsonl").unlink(missing_ok=True)
+            if self._is_long_unused(units) and not any(routes.sticky for routes in self.routes_in_file().values()):
+                unit_log.dropping(units, units)
+                unit_log.before(units).unlink(missing_ok=True)
                 units.unlink()
                 self.admin.reopen_logs()
         except OSError as error:
             raise StorageError(f"the gateway's access log cannot be put aside ({error.strerror}). Check the disk.") from error
+
+    @staticmethod
+    def _is_long_unused(units: Path) -> bool:
+        return units.exists() and units.stat().st_size > 0 and time.time() - units.stat().st_mtime > UNITS_KEPT_SECONDS
 
     def _listener(self, gateway: Gateway) -> Json:
         return listener(gateway, str(self.folder.envoy), str(self.folder.logs / "access.jsonl"), str(self.folder.unit_log))
