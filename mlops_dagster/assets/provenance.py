@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -30,8 +31,12 @@ def code_digest(spec: ModelSpec) -> str:
 
 
 def environment_listing() -> str:
-    """The installed distributions with their versions, `name==version`, one to a line."""
-    return "\n".join(sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions() if d.metadata["Name"]}))
+    """The installed distributions with their versions, `name==version`, one to a line.
+
+    Those of the environment itself: some packages put copies of others on the module path when they are imported (Ray: psutil).
+    """
+    places = list(dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")))
+    return "\n".join(sorted({f"{d.metadata['Name']}=={d.version}" for d in distributions(path=places) if d.metadata["Name"]}))
 
 
 def environment_digest() -> str:

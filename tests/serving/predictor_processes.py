@@ -18,7 +18,7 @@ import pandas as pd
 from mlops_dagster.serving.artifact import Signature
 
 ROOT = Path(__file__).parents[2]
-START_SECONDS = 60
+START_SECONDS = 120
 
 
 @dataclass

@@ -94,9 +94,10 @@ def test_an_empty_key_is_none_even_where_the_platforms_own_was_lost(serving: Emb
         assert eventually(lambda: status(client, serving, "kept") == 401, 5)
         empty = client.post(predict_url(serving, "kept"), json=ROW, headers={"x-api-key": ""})
         assert (empty.status_code, "an API key is needed" in empty.text) == (401, True)
-    assert len(client_keys.own_key(folder)) == 43
-    client_keys.open_to_all(folder, "kept")
-    wake(folder)
+        assert len(client_keys.own_key(folder)) == 43
+        client_keys.open_to_all(folder, "kept")
+        wake(folder)
+        assert eventually(lambda: status(client, serving, "kept") == 200, 5)
 
 
 def test_a_damaged_file_lets_nobody_in(serving: EmbeddedServing) -> None:
