@@ -49,7 +49,8 @@ def historical(entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, 
     """The entity rows, same order and number, with the feature columns of all views beside them."""
     table = entities.table
     with ThreadPoolExecutor(threads) as pool:
-        for plan, source, rows in view_matches(entities, plans, as_known, pool, threads):
+        for plan in plans:
+            source, rows = view_match(entities, plan, as_known, threads)
             columns = gather(source, [column for column, _ in plan.features], rows, pool, threads)
             for (_, name), values in zip(plan.features, columns, strict=True):
                 table = table.append_column(name, values)
@@ -63,7 +64,8 @@ def historical_frame(entities: EntityRows, plans: Sequence[ViewPlan], as_known: 
     names = [name for plan in plans for _, name in plan.features]
     block, begin = np.empty((len(names), entities.table.num_rows)), 0
     with ThreadPoolExecutor(threads) as pool:
-        for plan, source, rows in view_matches(entities, plans, as_known, pool, threads):
+        for plan in plans:
+            source, rows = view_match(entities, plan, as_known, threads)
             end = begin + len(plan.features)
             gather_doubles(source, [column for column, _ in plan.features], rows, block[begin:end], pool, threads)
             begin = end
@@ -71,17 +73,6 @@ def historical_frame(entities: EntityRows, plans: Sequence[ViewPlan], as_known: 
     for position, (name, values) in enumerate(entities.table.to_pandas().items()):
         frame.insert(position, str(name), values)
     return frame
-
-
-def view_matches(
-    entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, pool: ThreadPoolExecutor, threads: int
-) -> Iterator[tuple[ViewPlan, ParquetSource, np.ndarray]]:
-    """The `view_match` of each plan, in order; as many views are matched at once as there are threads, for sorting uses only one."""
-    for begin in range(0, len(plans), threads):
-        group = plans[begin : begin + threads]
-        match = partial(view_match, entities, as_known=as_known, threads=max(1, threads // len(group)))
-        for plan, (source, rows) in zip(group, pool.map(match, group), strict=True):
-            yield plan, source, rows
 
 
 def view_match(entities: EntityRows, plan: ViewPlan, as_known: bool, threads: int) -> tuple[ParquetSource, np.ndarray]:
@@ -223,18 +214,16 @@ def raw_values(values: pa.ChunkedArray) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def needed_bytes(entities: EntityRows, plans: Sequence[ViewPlan], threads: int) -> int:
-    """About how many bytes the answer and the work for it take at once: the answer twice over (as pandas too), and the largest indexes of
-    views, one a thread.
-    """
+def needed_bytes(entities: EntityRows, plans: Sequence[ViewPlan]) -> int:
+    """About how many bytes the answer and the work for it take at once: the answer twice over (as pandas too), the largest view's index."""
     rows = entities.table.num_rows
-    answer, work = entities.table.nbytes, []
+    answer, work = entities.table.nbytes, 0
     for plan in plans:
         sizes, held = plan.source.column_bytes, max(plan.source.rows, 1)
         answer += sum(sizes.get(column, 0) for column, _ in plan.features) * rows // held
         index = sum(sizes.get(c, 0) for c in plan.index_columns) + held * (len(plan.join_keys) + 6) * 8
-        work.append(max(index + rows * 6 * 8, 2 * BYTES_AT_ONCE))
-    return 2 * answer + sum(sorted(work)[-threads:])
+        work = max(work, index + rows * 6 * 8, 2 * BYTES_AT_ONCE)
+    return 2 * answer + work
 
 
 def column_groups(source: ParquetSource, columns: list[str]) -> Iterator[list[str]]:

@@ -99,7 +99,7 @@ class HistoricalQuery:
     def on_disk(self) -> bool:
         if self.settings.engine != "auto":
             return self.settings.engine == "disk"
-        return asof_memory.needed_bytes(self.entities, self.plans, self.settings.threads) > self.settings.memory_limit_bytes
+        return asof_memory.needed_bytes(self.entities, self.plans) > self.settings.memory_limit_bytes
 
     def table(self) -> pa.Table:
         if self.on_disk:
