@@ -90,7 +90,9 @@ def launch(arguments: list[str]) -> Process:
         listening.set()
 
     threading.Thread(target=follow, daemon=True).start()
-    assert listening.wait(START_SECONDS), f"not started after {START_SECONDS} s: {process.text()}"
+    if not listening.wait(START_SECONDS):
+        popen.kill()
+        raise AssertionError(f"not started after {START_SECONDS} s: {process.text()}")
     assert process.url, f"the predictor ended with {popen.wait(10)}: {process.text()}"
     return process
 
