@@ -35,7 +35,7 @@ FEATURE_STORE_THREADS = 4
 MLFLOW_THREADS = 8
 WAITING = 256  # requests for a thread of either, each with its body
 SWEEP_SECONDS, BODY_SECONDS = 1.0, 30.0
-GC_THRESHOLDS = (50_000, 20, 100)  # events wait in lists by the thousand and form no cycles
+GC_THRESHOLDS = (50_000, 20, 100)  # answers wait in tuples for their chunk and form no cycles
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
