@@ -1,55 +1,39 @@
 """Every answered row, as Parquet segments, without slowing the answer.
 
-The answer's path appends one tuple and counts it in a memory-mapped file. Under load every 256th answer turns the tuples so far into
-columns (0.3 ms, then and there: a thread that did it would fight for the interpreter with answers that are due, and be put to sleep
-holding it); a thread does the rest and stores them. When the process is killed, the segments lack what came after the last
-flush, and the counters, which survive it in the page cache, tell the next process how many rows that may have been.
+The answer's path appends one tuple and counts it in a memory-mapped file. Every 64th answer writes the tuples so far into a pipe, as
+bytes and without waiting; all else is done by another process (`log_writer`). Rows that it had not stored when it was killed are sent
+to a new one. When this process is killed, the segments lack what had not reached the pipe, that is at most what came since the last
+look of the log's thread, and the counters tell the next process how many rows that may have been.
 """
 
-import fcntl
-import json
-import mmap
 import os
-import struct
-import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
-import pyarrow as pa
-
 from mlops_dagster.core.errors import StorageError
 from mlops_dagster.serving.artifact import Signature
-from mlops_dagster.serving.log_rows import Event, EventTable, answer_times
+from mlops_dagster.serving.log_losses import FOLDER, OwnCounters, notice_losses, say
+from mlops_dagster.serving.log_process import WriterProcess
+from mlops_dagster.serving.log_rows import answer_times, packed
 from mlops_dagster.serving.metrics import Metrics
-from mlops_dagster.serving.segments import SegmentWriter, remove_leftovers
 
-COUNTERS = ".counters"
-LOSSES = "losses.jsonl"
-TWO_COUNTS = struct.Struct("=QQ")
-MAXIMUM_WAITING = 500_000
-CHUNK_EVENTS = 256  # what is done without a pause while answers wait
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What a process that was killed may have answered without logging: at most `possibly_lost` of its `accepted` rows."""
-
-    process: str
-    accepted: int
-    written: int
-    possibly_lost: int
-    noticed_at: str
+CHUNK_EVENTS = 64  # what is done without a pause while answers wait
+COUNTED_TOGETHER = 256
+LOOK_SECONDS = 0.25  # how long the writer's end, or its being late, may go unnoticed
+ANSWER_SECONDS = 10.0  # how long `flush` waits for a writer that does not get on
+END_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class LogStatus:
-    """Rows since the process began; `waiting` are in memory, `dropped` were given up because the disk refused them for too long."""
+    """Rows since the process began; `waiting` are not stored yet, `dropped` were given up because too many waited for too long."""
 
     accepted: int
     written: int
@@ -58,77 +42,8 @@ class LogStatus:
     possibly_lost_before: int
 
 
-class Counters:
-    """Accepted and written rows in a mapped file that is locked while its process lives."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        fresh = path.with_suffix(".new")  # it gets its name only when locked, so that no other process takes it for a dead one's
-        self._file = open(fresh, "w+b")  # noqa: SIM115 - open as long as the process: it holds the lock
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        self._file.write(bytes(TWO_COUNTS.size))
-        self._file.flush()
-        fresh.rename(path)
-        self._counts = memoryview(mmap.mmap(self._file.fileno(), TWO_COUNTS.size)).cast("Q")
-
-    @property
-    def accepted(self) -> int:
-        return self._counts[0]
-
-    @property
-    def written(self) -> int:
-        return self._counts[1]
-
-    def wrote(self, rows: int) -> None:
-        self._counts[1] += rows
-
-    def accepting(self, events: deque[Event], take: Callable[[], None]) -> Callable[[Any], None]:
-        """A function that counts an event's rows and appends it, and calls `take` when a chunk is full."""
-        counts, append = self._counts, events.append
-
-        def accept(event: Any) -> None:
-            counts[0] += event[5]
-            append(event)
-            if len(events) >= CHUNK_EVENTS:
-                take()
-
-        return accept
-
-    def remove(self) -> None:
-        """Forget this process: all its rows are stored."""
-        self.path.unlink(missing_ok=True)
-
-
-def notice_losses(root: Path, model: str, now: datetime) -> list[Loss]:
-    """Read, record in `losses.jsonl` and remove the counters of processes of `model` that are gone; their half-written segments too."""
-    losses = []
-    for path in sorted((root / model / COUNTERS).glob("*.rows")):
-        with open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                continue  # its process lives
-            content = file.read(TWO_COUNTS.size)
-            accepted, written = TWO_COUNTS.unpack(content) if len(content) == TWO_COUNTS.size else (0, 0)
-            loss = Loss(path.stem, accepted, written, max(0, accepted - written), now.isoformat())
-            if loss.possibly_lost:
-                with open(root / model / LOSSES, "a") as losses_file:
-                    losses_file.write(json.dumps(asdict(loss)) + "\n")
-                losses.append(loss)
-            remove_leftovers(root, model, path.stem)
-            path.unlink(missing_ok=True)
-    return losses
-
-
-def read_losses(root: Path | str, model: str) -> list[Loss]:
-    """All losses noticed so far, oldest first."""
-    path = Path(root) / model / LOSSES
-    return [Loss(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 class InferenceLog:
-    """Takes events from the answer's path, counts them for the metrics, and stores them as segments in a thread of its own.
+    """Takes events from the answer's path, counts them for the metrics, and has them stored by a process of its own.
 
     Without `root` events are only counted. `append` is cheap and safe from any thread that holds the caller's gate.
     """
@@ -144,101 +59,163 @@ class InferenceLog:
         zone: ZoneInfo,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         flush_seconds: float = 0.25,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._metrics = metrics
         self._flush_seconds = flush_seconds
-        self._events: deque[Event] = deque()
-        self._chunks: deque[list[pa.Array]] = deque()
-        self._unstored: pa.Table | None = None
-        self._dropped = 0
-        self._failing = False
-        self._take_lock, self._store_lock = threading.Lock(), threading.Lock()
-        self._stop = threading.Event()
-        self._wake = threading.Event()
+        self._monotonic, self._sleep = monotonic, sleep
+        self._events: deque[tuple[Any, ...]] = deque()
+        self._uncounted: list[tuple[Any, ...]] = []
+        self._take_lock, self._turn_lock = threading.Lock(), threading.Lock()  # a turn may take the first, never the other way
+        self._stop, self._wake = threading.Event(), threading.Event()
         self._asked: list[Callable[[LogStatus], None]] = []
-        self._writer: SegmentWriter | None = None
-        self._counters: Counters | None = None
+        self._unanswered: list[tuple[int, float, Callable[[LogStatus], None]]] = []  # order, when to give up, whom to answer
+        self._due = monotonic() + flush_seconds
+        self._counters: OwnCounters | None = None
+        self._writer: WriterProcess | None = None
         self._lost_before = 0
         if root is not None:
             self._open(root, signature, model, version, arm, zone, clock())
-        accepting = self._counters.accepting(self._events, self._take_if_free) if self._counters else self._events.append
-        self.append: Callable[[Any], None] = accepting
+        self.append: Callable[[Any], None] = self._accepting(self._counters) if self._counters else self._events.append
         self._thread = threading.Thread(target=self._work, name="inference-log", daemon=True)
 
     def _open(self, root: Path, signature: Signature, model: str, version: str, arm: str, zone: ZoneInfo, now: datetime) -> None:
         stem = f"{version}-{os.getpid()}-{int(now.timestamp() * 1000):x}"
         try:
             losses = notice_losses(root, model, now)
-            self._counters = Counters(root / model / COUNTERS / f"{stem}.rows")
+            self._counters = OwnCounters(root / model / FOLDER / f"{stem}.rows")
         except OSError as error:
             raise StorageError(
                 f"Cannot write the inference log under {root}: {error}. Free or fix the disk, or choose another --log-root."
             ) from error
         for loss in losses:
-            _say(
+            say(
                 f"a predictor of {model} ended without a clean stop ({loss.process}): at most {loss.possibly_lost} rows of its log are lost"
             )
         self._lost_before = sum(loss.possibly_lost for loss in losses)
-        self._table = EventTable(signature, model, version, arm)
-        self._writer = SegmentWriter(root, model, stem, zone)
+        names = {"model": model, "version": version, "arm": arm, "zone": str(zone), "stem": stem}
+        paths = {"root": str(root), "counters": str(self._counters.path)}
+        self._writer = WriterProcess(self._counters, {**names, **paths, "signature": signature.to_json()}, self._monotonic)
+
+    def _accepting(self, counters: OwnCounters) -> Callable[[Any], None]:
+        """A function that counts an event's rows and appends it, and hands over a chunk when there is one."""
+        numbers, events, append = counters.numbers, self._events, self._events.append
+
+        def accept(event: Any) -> None:
+            numbers[0] += event[5]  # `accepted`, without the microsecond of a descriptor
+            append(event)
+            if len(events) >= CHUNK_EVENTS or event[5] >= CHUNK_EVENTS:
+                self._take_if_free()
+
+        return accept
 
     def start(self) -> None:
         """Begin to store."""
+        if self._writer:
+            with self._take_lock:
+                self._writer.look()
         self._thread.start()
 
     def flush(self) -> LogStatus:
-        """Store (and count) all that was appended so far, now, in this thread."""
-        with self._store_lock:
-            self.count()
-            if self._chunks or self._unstored is not None:
-                self._store()
-            self._report()
-            return self.status()
+        """Have all that was appended so far stored; returns when it is, or when the disk refused it."""
+        give_up = self._monotonic() + ANSWER_SECONDS
+        with self._turn_lock:
+            order = self._hand_over()
+        while self._attempted() < order and self._monotonic() < give_up:
+            with self._turn_lock:
+                self._look()
+            self._sleep(0.002)
+        self._report()
+        return self.status()
 
     def count(self) -> None:
         """Have the metrics know of all that was appended so far."""
         for _ in range(-(-len(self._events) // CHUNK_EVENTS)):
             with self._take_lock:
                 self._take()
+        with self._take_lock:
+            self._count()
 
     def flush_then(self, answer: Callable[[LogStatus], None]) -> None:
-        """Have the log's thread store all that was appended so far and then call `answer`."""
+        """Have all that was appended so far stored and then call `answer`, in the log's thread."""
         self._asked.append(answer)
         self._wake.set()
 
     def status(self) -> LogStatus:
         counters = self._counters
-        accepted, written = (counters.accepted, counters.written) if counters else (0, 0)
-        return LogStatus(accepted, written, max(0, accepted - written - self._dropped), self._dropped, self._lost_before)
+        if counters is None:
+            return LogStatus(0, 0, 0, 0, 0)
+        written, handled = counters.written, counters.handled_through
+        accepted = counters.accepted  # read last: it is never behind the others then
+        return LogStatus(accepted, written, max(0, accepted - handled), counters.dropped, self._lost_before)
 
     def close(self) -> LogStatus:
-        """Store the rest and end; the counters go when nothing is left behind."""
+        """Have the rest stored and end; the counters go when nothing is left behind."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        status = self.flush()
+        self.flush()
+        if self._writer:
+            self._writer.end(END_SECONDS)
+        status = self.status()
+        for answer in [*self._asked, *(a for _, _, a in self._unanswered)]:
+            answer(status)
         if self._counters and not status.waiting and not status.dropped:
             self._counters.remove()
         return status
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            self._wake.wait(self._flush_seconds)
+            self._wake.wait(self._pause())
             self._wake.clear()
             try:
-                self._answer_and_flush()
-            except Exception as error:  # the thread must outlive any one batch
-                _say(f"the inference log met an error and goes on: {type(error).__name__}: {error}")
+                with self._turn_lock:
+                    self._turn()
+            except Exception as error:  # the thread must outlive any one turn
+                say(f"the inference log met an error and goes on: {type(error).__name__}: {error}")
 
-    def _answer_and_flush(self) -> None:
-        asked, self._asked = self._asked, []
-        try:
-            self.flush()
-        finally:
-            status = self.status()
-            for answer in asked:
-                answer(status)
+    def _pause(self) -> float:
+        due = max(0.0, self._due - self._monotonic())
+        if self._unanswered:
+            return 0.002
+        if self._writer and self._writer.backlog:
+            return min(due, 0.01)
+        if self._writer and self._writer.behind:
+            return min(due, 0.05)
+        return min(due, LOOK_SECONDS)
+
+    def _turn(self) -> None:
+        now = self._monotonic()
+        if self._asked or now >= self._due:
+            asked, self._asked = self._asked, []
+            self._due = now + self._flush_seconds
+            order = self._hand_over(must=bool(asked))
+            self._unanswered += [(order, now + ANSWER_SECONDS, answer) for answer in asked]
+        self._look()
+        self._report()
+        attempted = self._attempted()
+        answered = [u for u in self._unanswered if u[0] <= attempted or u[1] < now]
+        self._unanswered = [u for u in self._unanswered if u not in answered]
+        for _, _, answer in answered:
+            answer(self.status())
+
+    def _hand_over(self, must: bool = True) -> int:
+        """Send all that was appended so far, with an order to store it unless one is still waiting; returns the last order's number."""
+        self.count()
+        if self._writer is None:
+            return 0
+        with self._take_lock:
+            return self._writer.order() if must or not self._writer.behind else 0
+
+    def _attempted(self) -> int:
+        return self._counters.attempted if self._counters else 0
+
+    def _look(self) -> None:
+        if self._writer:
+            with self._take_lock:
+                self._writer.look()
 
     def _take_if_free(self) -> None:
         """A chunk of what was appended, unless the log's thread is at it; never raises, as an answer waits behind it."""
@@ -246,71 +223,51 @@ class InferenceLog:
             try:
                 self._take()
             except Exception as error:
-                _say(f"rows are missing in the inference log: {type(error).__name__}: {error}")
+                say(f"rows are missing in the inference log: {type(error).__name__}: {error}")
             finally:
                 self._take_lock.release()
 
     def _take(self) -> None:
-        """At most a chunk of what was appended, counted and as columns to be stored."""
+        """At most a chunk of what was appended, sent, and counted where that is worth it."""
         events = [self._events.popleft() for _ in range(min(len(self._events), CHUNK_EVENTS))]
-        if not events:
-            return
-        by = Event(*zip(*events, strict=True))  # type: ignore[arg-type]
-        times = answer_times(by.times_ns)  # type: ignore[arg-type]
-        self._metrics.answered(times, by.protocol, by.shadow, by.count)  # type: ignore[arg-type]
-        if self._writer:
-            self._chunks.extend(self._table.chunks(events, times))
+        if self._writer and events:
+            self._send(self._writer, events)
+        self._uncounted += events
+        if len(self._uncounted) >= COUNTED_TOGETHER:
+            self._count()
 
-    def _store(self) -> None:
-        assert self._writer
-        assert self._counters
-        chunks = [self._chunks.popleft() for _ in range(len(self._chunks))]
-        tables = [*([self._unstored] if self._unstored is not None else []), *([self._table.table(chunks)] if chunks else [])]
-        table = pa.concat_tables(tables)
-        try:
-            self._writer.write(table)
-        except (OSError, pa.ArrowException) as error:
-            self._keep_waiting(table, error)
-            return
-        self._unstored = None
-        self._counters.wrote(table.num_rows)
-        try:
-            self._writer.merge()
-        except (OSError, pa.ArrowException) as error:
-            _say(f"small segments of the inference log stay unmerged: {error}")
-        if self._failing:
-            self._failing = False
-            _say("the inference log can be written again")
+    def _count(self) -> None:
+        events, self._uncounted = self._uncounted, []
+        if events:
+            times = answer_times([e[4] for e in events])
+            self._metrics.answered(times, [e[1] for e in events], [e[2] for e in events], [e[5] for e in events])
 
-    def _keep_waiting(self, table: pa.Table, error: Exception) -> None:
-        """The disk refused: answers go on, rows wait in memory, and the oldest are given up when they are too many."""
-        if not self._failing:
-            self._failing = True
-            _say(
-                f"the inference log cannot be written: {error}. Rows wait in memory (at most {MAXIMUM_WAITING:,}); free or fix the disk"
-            )
-        excess = max(0, table.num_rows - MAXIMUM_WAITING)
-        self._dropped += excess
-        self._unstored = table.slice(excess)
+    @staticmethod
+    def _send(writer: WriterProcess, events: list[tuple[Any, ...]]) -> None:
+        rows = sum([e[5] for e in events])
+        try:
+            writer.send(rows, packed(events))
+        except ValueError as error:
+            if len(events) > 1:  # one of them is to blame: the others are sent
+                for event in events:
+                    InferenceLog._send(writer, [event])
+                return
+            writer.give_up(rows)
+            say(f"{rows} rows are missing in the inference log: {error}")
 
     def _report(self) -> None:
-        if self._counters is None:
+        if self._counters is None or self._writer is None:
             return
         status = self.status()
         set_gauge = self._metrics.gauge
         set_gauge("mlops_inference_log_rows_total", "counter", "rows stored in the inference log", status.written)
         set_gauge("mlops_inference_log_waiting_rows", "gauge", "answered rows not yet stored", status.waiting)
-        set_gauge(
-            "mlops_inference_log_dropped_rows_total", "counter", "rows given up because the disk refused them", status.dropped
-        )
+        set_gauge("mlops_inference_log_dropped_rows_total", "counter", "rows given up because too many waited", status.dropped)
         set_gauge(
             "mlops_inference_log_lost_rows",
             "gauge",
             "at most so many rows were lost by processes that were killed before this one",
             self._lost_before,
         )
-        set_gauge("mlops_inference_log_failing", "gauge", "1 while the disk refuses the inference log", float(self._failing))
-
-
-def _say(message: str) -> None:
-    print(f"mlops predictor: {message}", file=sys.stderr, flush=True)
+        failing = bool(self._counters.failing) or not self._writer.runs
+        set_gauge("mlops_inference_log_failing", "gauge", "1 while the inference log cannot be written", float(failing))

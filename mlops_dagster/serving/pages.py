@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from mlops_dagster.serving import open_inference, protocol
+from mlops_dagster.serving.http_server import Request
 from mlops_dagster.serving.inference_log import InferenceLog, LogStatus
 from mlops_dagster.serving.metrics import CONTENT_TYPE, Metrics
 from mlops_dagster.serving.scoring import Scorer
@@ -54,32 +55,31 @@ class Pages:
             self._pages[f"{prefix}/ready"] = ready
         self._posts = {f"/v1/models/{model}:predict", f"{v2}/infer", f"{v2}/versions/{version}/infer", "/admin/flush"}
 
-    def answer(self, scope: Any, proto: Any) -> None:
+    def answer(self, request: Request) -> None:
         """Answer any request that is not a prediction of this model."""
-        method, path = scope.method, scope.path
-        path = path.rstrip("/") or "/"
+        method, path = request.method, request.path.rstrip("/") or "/"
         if method == "POST" and path == "/admin/flush":
-            self._log.flush_then(lambda status: proto.response_bytes(200, [JSON], orjson.dumps(self._status(status))))
+            self._log.flush_then(lambda status: request.answer(200, [JSON], orjson.dumps(self._status(status))))
         elif method == "GET" and path == "/metrics":
-            threading.Thread(target=self._answer_metrics, args=(proto,), name="metrics", daemon=True).start()
+            threading.Thread(target=self._answer_metrics, args=(request,), name="metrics", daemon=True).start()
         elif method == "GET" and (page := self._pages.get(path)):
             status, content = page()
-            proto.response_bytes(status, [JSON], content)
+            request.answer(status, [JSON], content)
         else:
             status, message = self._wrong(method, path)
-            proto.response_bytes(status, [JSON], protocol.error(message))
+            request.answer(status, [JSON], protocol.error(message))
 
-    def _answer_metrics(self, proto: Any) -> None:
+    def _answer_metrics(self, request: Request) -> None:
         try:
             self._log.count()
-            proto.response_bytes(200, [("content-type", CONTENT_TYPE)], self._metrics.render())
+            request.answer(200, [("content-type", CONTENT_TYPE)], self._metrics.render())
         except Exception as error:
-            self.broken(proto, error)
+            self.broken(request, error)
 
-    def broken(self, proto: Any, error: Exception) -> None:
+    def broken(self, request: Request, error: Exception) -> None:
         """Last resort: an error outside any prediction."""
         traceback.print_exception(error, file=sys.stderr)
-        proto.response_bytes(500, [JSON], protocol.error(f"{type(error).__name__}: {error}"))
+        request.answer(500, [JSON], protocol.error(f"{type(error).__name__}: {error}"))
 
     def _ready(self, content: dict[str, Any]) -> Page:
         yes = orjson.dumps(content)

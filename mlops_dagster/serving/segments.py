@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from mlops_dagster.core.errors import StorageError
 from mlops_dagster.serving.artifact import Signature
+from mlops_dagster.serving.log_losses import TEMPORARY
 
 TIME = pa.timestamp("us", tz="UTC")
 ARROW: dict[str, pa.DataType] = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
-TEMPORARY = ".tmp-"
 QUARTER_US = 15 * 60 * 1_000_000
 # A repeated request keeps its id; another version, or the mirrored copy, answers the same id with a row of its own.
 ROW_KEY = ("request_id", "row_id", "version", "shadow")
@@ -29,6 +29,7 @@ READ_ATTEMPTS = 20
 # Dictionaries and statistics for all columns double the time that a segment of a few thousand rows takes to write.
 REPETITIVE = ["model", "version", "arm", "prediction_label"]
 WITH_STATISTICS = ["logged_at", "event_timestamp"]
+LARGE = 1_000_000  # rows in a segment that is not merged any more: whoever merges keeps new rows waiting
 
 
 def schema(signature: Signature | None = None) -> pa.Schema:
@@ -89,12 +90,17 @@ class SegmentWriter:
         for day, level in list(self._levels):
             while len(self._levels[day, level]) >= self._fan_in:
                 small = [p for p in self._levels[day, level] if p.exists()]
-                if small:
-                    self._levels.setdefault((day, level + 1), []).append(self._put(day, pa.concat_tables(map(_read, small))))
-                for path in small:
-                    path.unlink(missing_ok=True)
+                if sum(pq.read_metadata(p).num_rows for p in small) <= LARGE:
+                    self._merge(day, level + 1, small)
                 self._levels[day, level] = []
                 level += 1
+                self._levels.setdefault((day, level), [])
+
+    def _merge(self, day: str, level: int, small: list[Path]) -> None:
+        if small:
+            self._levels.setdefault((day, level), []).append(self._put(day, pa.concat_tables(map(_read, small))))
+        for path in small:
+            path.unlink(missing_ok=True)
 
     def _put(self, day: str, table: pa.Table) -> Path:
         folder = self._folder / f"day={day}"
@@ -191,9 +197,3 @@ def _once(tables: Sequence[pa.Table]) -> pa.Table:
     if len(first) == table.num_rows:
         return table
     return table.take(pa.array(np.sort(first.to_numpy())))
-
-
-def remove_leftovers(root: Path, model: str, stem: str) -> None:
-    """Delete half-written segments of a process that is gone."""
-    for path in (root / model).glob(f"day=*/{TEMPORARY}{stem}*"):
-        path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from zoneinfo import ZoneInfo
 from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, StorageError
 from mlops_dagster.serving.app import OnlineFeatures, Predictor
 from mlops_dagster.serving.artifact import load
-from mlops_dagster.serving.dispatch import BACKLOG, Server
+from mlops_dagster.serving.http_server import BACKLOG, Server
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.mlflow_scoring import MlflowScorer, opened
@@ -139,7 +139,7 @@ def serve(
     gc.set_threshold(*GC_THRESHOLDS)
     host, port = bound.getsockname()[:2]
     lost = _watch(scorer, asked)
-    server = Server(bound, predictor)
+    server = Server(bound, predictor, predictor.maximum_body_bytes)
     log.start()
     server.start()
     print(
@@ -147,7 +147,7 @@ def serve(
         flush=True,
     )
     while not asked.wait(SWEEP_SECONDS):
-        predictor.give_up_bodies(BODY_SECONDS)
+        server.give_up_bodies(BODY_SECONDS)
     pages.draining = True
     time.sleep(0 if lost.is_set() else drain_seconds)
     server.stop()
@@ -222,7 +222,7 @@ def _fail(code: int, message: object) -> int:
 
 
 if __name__ == "__main__":
-    # granian's Rust threads must not outlive the interpreter, so the process ends here and now.
+    # A thread that still computes for a caller who was cut off must not hold up the end.
     code = main()
     sys.stdout.flush()
     os._exit(code)

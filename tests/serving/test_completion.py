@@ -16,7 +16,7 @@ from predictor_processes import Model
 from mlops_dagster.core.errors import DataError
 from mlops_dagster.serving.app import Predictor
 from mlops_dagster.serving.artifact import load
-from mlops_dagster.serving.dispatch import Server
+from mlops_dagster.serving.http_server import Server
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.pages import Pages
@@ -53,7 +53,7 @@ def served(number_model: Model, tmp_path: Path) -> Iterator[tuple[str, Planes, P
         predictor = Predictor(scorer, pages, log, metrics, (f"r{n}" for n in itertools.count()), 10_000, planes, pool)
         bound = bind("127.0.0.1", 0)
         port = bound.getsockname()[1]
-        server = Server(bound, predictor)
+        server = Server(bound, predictor, predictor.maximum_body_bytes)
         log.start()
         server.start()
         yield f"http://127.0.0.1:{port}", planes, tmp_path

@@ -1,6 +1,7 @@
 """The inference log of real processes: everything answered is in it, whatever happens to the process."""
 
 import datetime as dt
+import fcntl
 import json
 import re
 import threading
@@ -15,7 +16,8 @@ import pytest
 from predictor_processes import Model, Process, Starter, wait_until
 
 from mlops_dagster.core.errors import StorageError
-from mlops_dagster.serving.inference_log import CHUNK_EVENTS, read_losses
+from mlops_dagster.serving.inference_log import CHUNK_EVENTS
+from mlops_dagster.serving.log_losses import read_losses
 from mlops_dagster.serving.segments import days, read_segments
 
 TODAY = dt.datetime.now(dt.UTC).date()
@@ -30,6 +32,16 @@ def ask(process: Process, instances: list[dict[str, Any]], **headers: str) -> di
 def logged(root: Path, day: dt.date | None = None) -> pa.Table:
     listed = [day] if day else days(root, "m")
     return pa.concat_tables([read_segments(root, "m", d) for d in listed], promote_options="permissive")
+
+
+def writer_ended(root: Path) -> bool:
+    (path,) = (root / "m" / ".counters").glob("*.writer")
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def test_a_flush_brings_every_answered_row_with_its_answer(start: Starter, number_model: Model, tmp_path: Path) -> None:
@@ -167,6 +179,7 @@ def test_a_killed_process_loses_at_most_the_last_second_and_its_successor_says_h
     stop.set()
     for sender in senders:
         sender.join()
+    wait_until(lambda: writer_ended(tmp_path))  # it stores what the pipe still held
     stored = set(logged(tmp_path)["request_id"].to_pylist())
     lost = [(i, at) for i, at in answered if i not in stored]
     assert all(died - at < dt.timedelta(seconds=1) for _, at in lost)

@@ -34,7 +34,7 @@ from mlops_dagster.resources.training import mlflow_export
 from mlops_dagster.serving import server
 from mlops_dagster.serving.app import Predictor
 from mlops_dagster.serving.artifact import Feature, Signature, digest, load, write_signature
-from mlops_dagster.serving.dispatch import Server
+from mlops_dagster.serving.http_server import Server
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.mlflow_scoring import opened
@@ -179,7 +179,7 @@ def test_health_and_other_callers_do_not_wait_for_a_slow_answer(votes: Process, 
 
 
 @pytest.fixture
-def with_store(votes_model: Model) -> Iterator[tuple[str, Predictor]]:
+def with_store(votes_model: Model) -> Iterator[tuple[str, Server]]:
     """A predictor in this process that has a feature store, two threads for its model, and room for one request more."""
     artifact = load(votes_model.folder, votes_model.sha256)
     metrics = Metrics("m", "1", "champion")
@@ -190,17 +190,17 @@ def with_store(votes_model: Model) -> Iterator[tuple[str, Predictor]]:
         predictor = Predictor(scorer, pages, log, metrics, ids, 100_000, SimpleNamespace(complete=list), store, scorers)  # type: ignore[arg-type]
         bound = bind("127.0.0.1", 0)
         url = f"http://127.0.0.1:{bound.getsockname()[1]}/v1/models/m:predict"
-        listening_server = Server(bound, predictor)
+        listening_server = Server(bound, predictor, predictor.maximum_body_bytes)
         listening_server.start()
-        yield url, predictor
+        yield url, listening_server
         listening_server.stop()
         assert listening_server.wait(10)
 
 
 def test_requests_are_answered_side_by_side_wait_without_blame_and_no_more_than_there_is_room_for(
-    with_store: tuple[str, Predictor], votes_model: Model
+    with_store: tuple[str, Server], votes_model: Model
 ) -> None:
-    url, predictor = with_store
+    url, listening_server = with_store
     body = {"instances": [{**votes_model.instances(1)[0], "distance": WAITS_AT}]}
     ended: list[float] = []
 
@@ -212,7 +212,7 @@ def test_requests_are_answered_side_by_side_wait_without_blame_and_no_more_than_
     with ThreadPoolExecutor(3) as callers:
         slow = callers.map(ask_slowly, range(3))
         time.sleep(0.6)
-        predictor.give_up_bodies(0.0)  # the third body is whole, though no thread has it yet
+        listening_server.give_up_bodies(0.0)  # the third body is whole, though no thread has it yet
         refused = httpx.post(url, json=body, headers={"x-request-id": "mine"})
         assert (refused.status_code, refused.headers["x-request-id"]) == (503, "mine")
         assert "3 requests are being answered or wait already" in refused.json()["error"]
