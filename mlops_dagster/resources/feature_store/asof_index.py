@@ -37,10 +37,13 @@ def key_codes(
     null_is_a_key: bool = False,
 ) -> Codes:
     """Codes of all key columns together; `rows` are the numbers of entity and source rows. Without keys every row has the code 0."""
-    codes = Codes(np.zeros(rows[0], np.int64), np.zeros(rows[1], np.int64), 1)
+    codes = None
     for left, right, name in zip(entity, source, names, strict=True):
         column = column_codes(*same_type(left, right, name))
-        codes = product(codes, with_null_key(column) if null_is_a_key else column)
+        column = with_null_key(column) if null_is_a_key else column
+        codes = product(codes, column) if codes else column
+    if codes is None:
+        return Codes(np.zeros(rows[0], np.int64), np.zeros(rows[1], np.int64), 1)
     return dense(codes) if codes.size > MOST_CODES else codes
 
 
@@ -80,7 +83,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 def column_codes(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Codes:
     if pa.types.is_integer(left.type) and left.type != pa.uint64() and not left.null_count and not right.null_count:
-        offsets = integer_offsets(as_numpy(left).astype(np.int64), as_numpy(right).astype(np.int64))
+        offsets = integer_offsets(as_numpy(left).astype(np.int64, copy=False), as_numpy(right).astype(np.int64, copy=False))
         if offsets:
             return offsets
     both = pa.chunked_array([*left.chunks, *right.chunks], left.type).combine_chunks()
@@ -104,8 +107,6 @@ def integer_offsets(left: np.ndarray, right: np.ndarray) -> Codes | None:
 
 
 def product(a: Codes, b: Codes) -> Codes:
-    if a.size == 1 and not (a.entity < 0).any() and not (a.source < 0).any():
-        return b
     if a.size * b.size > WIDEST_PRODUCT:
         a = dense(a)
     return Codes(joined(a.entity, b.entity, b.size), joined(a.source, b.source, b.size), a.size * b.size)
@@ -190,8 +191,12 @@ class Clock:
     def of_entities(self, values: np.ndarray) -> np.ndarray:
         if self.ranks is not None:
             return np.searchsorted(self.ranks, values, side="right")
-        offsets = np.maximum(np.minimum(values, self.last), self.first - 1) - self.first
-        return offsets + 1 if self.step == 1 else offsets // self.step + 1
+        offsets = np.clip(values, self.first - 1, self.last)
+        offsets -= self.first
+        if self.step != 1:
+            offsets //= self.step
+        offsets += 1
+        return offsets
 
 
 @dataclass(frozen=True)
@@ -212,7 +217,8 @@ class Sorted:
             empty = np.empty(0, np.int64)
             return Sorted(source, size, empty, empty, Clock(0, 0, 1, 2))
         clock = Clock.of(values, size)
-        combined = codes * clock.span + clock.of_rows(values)
+        combined = codes * clock.span
+        combined += clock.of_rows(values)
         order, combined = ordered(combined)
         order = order if kept is None else kept[order]
         break_ties(order, combined, source)
@@ -222,12 +228,7 @@ class Sorted:
         """Positions in `combined` of the last row of each key not after its moment."""
         if not len(combined):
             return np.full(len(codes), NO_ROW, np.int64)
-        wanted = codes * clock.span + clock.of_entities(moments)
-        found = search(combined, wanted)
-        first = codes * clock.span
-        missing = (found < 0) | (combined[np.maximum(found, 0)] < first) | (codes < 0)
-        found[missing] = NO_ROW
-        return found
+        return search(combined, combined_at(codes, moments, clock), codes, clock.span)
 
     def unknown_at(self, found: np.ndarray, moments: np.ndarray) -> np.ndarray:
         rows, created = self.order[found], self.source.created
@@ -263,7 +264,11 @@ class Sorted:
         return self.order[last]
 
     def row_numbers(self, found: np.ndarray) -> np.ndarray:
-        return np.where(found == NO_ROW, NO_ROW, self.order[found]) if len(self.order) else found
+        if not len(self.order):
+            return found
+        rows = self.order.take(found, mode="clip")
+        rows[found == NO_ROW] = NO_ROW
+        return rows
 
 
 def ordered(combined: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -288,17 +293,35 @@ def break_ties(order: np.ndarray, combined: np.ndarray, source: SourceRows) -> N
     order[slots] = rows[np.lexsort(keys)]
 
 
-def search(combined: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """`searchsorted(…, side="right") - 1`, asked in ascending order so that neighbours share cache lines."""
+def combined_at(codes: np.ndarray, moments: np.ndarray, clock: Clock) -> np.ndarray:
+    """Key and moment of each entity row as one integer, to be compared with those of source rows."""
+    combined = codes * clock.span
+    combined += clock.of_entities(moments)
+    return combined
+
+
+def search(combined: np.ndarray, wanted: np.ndarray, codes: np.ndarray, span: int) -> np.ndarray:
+    """Positions in `combined` of the last value that is not after `wanted` and of the same key (of `codes`); `NO_ROW` where there is none.
+
+    All is asked in ascending order, so that neighbours share cache lines. What is done with is freed at once: this is where most is held.
+    """
     order, ascending = ordered(wanted)
-    found = np.empty(len(wanted), np.int64)
-    found[order] = np.searchsorted(combined, ascending, side="right") - 1
+    del wanted
+    position = np.searchsorted(combined, ascending, side="right")
+    del ascending
+    position -= 1
+    first = codes[order]
+    first *= span
+    position[combined.take(position, mode="clip") < first] = NO_ROW  # clipped: -1 stays -1
+    found = np.empty_like(position)
+    found[order] = position
     return found
 
 
 def not_older_than(rows: np.ndarray, source_times: np.ndarray, entity_times: np.ndarray, age: int) -> np.ndarray:
     """`rows` with `NO_ROW` where the row's time is before the entity's time less `age` (Feast's TTL; exactly that old still counts)."""
-    if not len(source_times):
+    if not len(source_times) or not len(rows):
         return rows
-    oldest = np.where(entity_times < LEAST + age, LEAST, entity_times - age)
-    return np.where(source_times[rows] >= oldest, rows, NO_ROW)
+    oldest = np.maximum(entity_times, LEAST + age)
+    oldest -= age
+    return np.where(source_times.take(rows, mode="clip") >= oldest, rows, NO_ROW)

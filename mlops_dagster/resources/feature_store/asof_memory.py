@@ -1,5 +1,6 @@
 """Historical features, latest rows and all rows, computed in memory: row numbers first, then the feature columns by them."""
 
+import ctypes
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from mlops_dagster.resources.feature_store.asof_time import (
     times,
 )
 
-BYTES_AT_ONCE = 4 << 20
+BYTES_AT_ONCE = 2 << 20
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ def historical(entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, 
     """The entity rows, same order and number, with the feature columns of all views beside them."""
     table = entities.table
     with ThreadPoolExecutor(threads) as pool:
-        for plan in plans:
-            source, rows = view_match(entities, plan, as_known, threads)
-            columns = gather(source, [column for column, _ in plan.features], rows, pool, threads)
+        for plan, source, rows in view_matches(entities, plans, as_known, pool, threads):
+            columns = gather(source, [column for column, _ in plan.features], rows, pool)
             for (_, name), values in zip(plan.features, columns, strict=True):
                 table = table.append_column(name, values)
     return table
@@ -64,15 +65,35 @@ def historical_frame(entities: EntityRows, plans: Sequence[ViewPlan], as_known: 
     names = [name for plan in plans for _, name in plan.features]
     block, begin = np.empty((len(names), entities.table.num_rows)), 0
     with ThreadPoolExecutor(threads) as pool:
-        for plan in plans:
-            source, rows = view_match(entities, plan, as_known, threads)
+        for plan, source, rows in view_matches(entities, plans, as_known, pool, threads):
             end = begin + len(plan.features)
-            gather_doubles(source, [column for column, _ in plan.features], rows, block[begin:end], pool, threads)
+            gather_doubles(source, [column for column, _ in plan.features], rows, block[begin:end], pool)
             begin = end
     frame = pd.DataFrame(block.T, columns=pd.Index(names), copy=False)
     for position, (name, values) in enumerate(entities.table.to_pandas().items()):
         frame.insert(position, str(name), values)
     return frame
+
+
+def view_matches(
+    entities: EntityRows, plans: Sequence[ViewPlan], as_known: bool, pool: ThreadPoolExecutor, threads: int
+) -> Iterator[tuple[ViewPlan, ParquetSource, np.ndarray]]:
+    """The `view_match` of each plan, in order; as many views are matched at once as there are threads, for sorting uses only one."""
+    for begin in range(0, len(plans), threads):
+        group = plans[begin : begin + threads]
+        match = partial(view_match, entities, as_known=as_known, threads=max(1, threads // len(group)))
+        matched = list(pool.map(match, group))
+        hand_back_freed_memory()
+        for plan, (source, rows) in zip(group, matched, strict=True):
+            yield plan, source, rows
+            hand_back_freed_memory()
+
+
+def hand_back_freed_memory() -> None:
+    """What allocators keep of columns that are gone (Arrow's pool; glibc's arenas, one a thread) would stand beside the answer at the peak."""
+    pa.default_memory_pool().release_unused()
+    if MALLOC_TRIM:
+        MALLOC_TRIM(0)
 
 
 def view_match(entities: EntityRows, plan: ViewPlan, as_known: bool, threads: int) -> tuple[ParquetSource, np.ndarray]:
@@ -139,37 +160,37 @@ def filled_times(values: pa.ChunkedArray, column: str, unit: str, location: str)
     return np.where(missing, LEAST, filled), missing
 
 
-def gather(
-    source: ParquetSource, columns: Sequence[str], rows: np.ndarray, pool: ThreadPoolExecutor, threads: int
-) -> list[pa.ChunkedArray]:
-    """The columns at the row numbers `rows`, null at `NO_ROW`; read in groups of columns, so that little of the source is held at once."""
-    found: dict[str, pa.ChunkedArray] = {}
+def gather(source: ParquetSource, columns: Sequence[str], rows: np.ndarray, pool: ThreadPoolExecutor) -> list[pa.ChunkedArray]:
+    """The columns at the row numbers `rows`, null at `NO_ROW`; each thread reads a few columns, so that little of the source is held at once."""
     wanted = RowNumbers.of(rows)
-    for group in column_groups(source, list(dict.fromkeys(columns))):
-        table = source.read(group, threads)
-        taken = pool.map(lambda values: take(values, wanted), table.columns)
-        found.update(zip(group, taken, strict=True))
+
+    def taken(group: list[str]) -> list[tuple[str, pa.ChunkedArray]]:
+        return [(name, take(values, wanted)) for name, values in zip(group, source.read(group, 1).columns, strict=True)]
+
+    groups = column_groups(source, list(dict.fromkeys(columns)))
+    found = dict(pair for part in pool.map(taken, groups) for pair in part)
     return [found[name] for name in columns]
 
 
 def gather_doubles(
-    source: ParquetSource, columns: Sequence[str], rows: np.ndarray, block: np.ndarray, pool: ThreadPoolExecutor, threads: int
+    source: ParquetSource, columns: Sequence[str], rows: np.ndarray, block: np.ndarray, pool: ThreadPoolExecutor
 ) -> None:
     """Writes the columns at the row numbers `rows` into `block`, a line per column, NaN at `NO_ROW`."""
     absent = rows == NO_ROW
     wanted = absent if absent.any() else None
+    lines: dict[str, list[np.ndarray]] = {}
+    for name, line in zip(columns, block, strict=True):
+        lines.setdefault(name, []).append(line)
 
-    def fill(line: np.ndarray, values: pa.ChunkedArray) -> None:
-        if len(values):
-            as_numpy(values).take(rows, out=line, mode="clip")
-        if wanted is not None:
-            line[wanted] = np.nan
+    def fill(group: list[str]) -> None:
+        for name, values in zip(group, source.read(group, 1).columns, strict=True):
+            for line in lines[name]:
+                if len(values):
+                    as_numpy(values).take(rows, out=line, mode="clip")
+                if wanted is not None:
+                    line[wanted] = np.nan
 
-    begin = 0
-    for group in column_groups(source, list(columns)):
-        table = source.read(group, threads)
-        list(pool.map(fill, block[begin : begin + len(group)], table.columns))
-        begin += len(group)
+    list(pool.map(fill, column_groups(source, list(lines))))
 
 
 @dataclass(frozen=True)
@@ -214,16 +235,18 @@ def raw_values(values: pa.ChunkedArray) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def needed_bytes(entities: EntityRows, plans: Sequence[ViewPlan]) -> int:
-    """About how many bytes the answer and the work for it take at once: the answer twice over (as pandas too), the largest view's index."""
+def needed_bytes(entities: EntityRows, plans: Sequence[ViewPlan], threads: int) -> int:
+    """About how many bytes the answer and the work for it take at once: the answer twice over (as pandas too), and the largest indexes of
+    views, one a thread.
+    """
     rows = entities.table.num_rows
-    answer, work = entities.table.nbytes, 0
+    answer, work = entities.table.nbytes, []
     for plan in plans:
         sizes, held = plan.source.column_bytes, max(plan.source.rows, 1)
         answer += sum(sizes.get(column, 0) for column, _ in plan.features) * rows // held
         index = sum(sizes.get(c, 0) for c in plan.index_columns) + held * (len(plan.join_keys) + 6) * 8
-        work = max(work, index + rows * 6 * 8, 2 * BYTES_AT_ONCE)
-    return 2 * answer + work
+        work.append(max(index + rows * 6 * 8, 2 * BYTES_AT_ONCE))
+    return 2 * answer + sum(sorted(work)[-threads:])
 
 
 def column_groups(source: ParquetSource, columns: list[str]) -> Iterator[list[str]]:

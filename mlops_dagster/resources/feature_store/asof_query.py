@@ -58,7 +58,7 @@ class SourceRowsQuery:
             )
         rows = asof_memory.latest(source, self.join_keys, self.timestamp, self.created, self.period, threads)
         with ThreadPoolExecutor(threads) as pool:
-            return self.finished(pa.table(asof_memory.gather(source, self.columns, rows, pool, threads), names=self.columns))
+            return self.finished(pa.table(asof_memory.gather(source, self.columns, rows, pool), names=self.columns))
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         if self.latest_only:
@@ -99,7 +99,7 @@ class HistoricalQuery:
     def on_disk(self) -> bool:
         if self.settings.engine != "auto":
             return self.settings.engine == "disk"
-        return asof_memory.needed_bytes(self.entities, self.plans) > self.settings.memory_limit_bytes
+        return asof_memory.needed_bytes(self.entities, self.plans, self.settings.threads) > self.settings.memory_limit_bytes
 
     def table(self) -> pa.Table:
         if self.on_disk:
