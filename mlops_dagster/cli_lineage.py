@@ -138,12 +138,14 @@ def _show(found: Any) -> None:
     for p in found.partitions:
         changes = f", {len(p['revisions'])} revisions" if len(p["revisions"]) > 1 else ""
         print(f"  {'raw data':<13}{p['md5'] or 'no longer in the lake'}  {p['key']}{changes}")
+    first, last = found.row_days
     print(
-        f"  {'features':<13}computed from it: days {' … '.join(found.feature_days)}; carried by rows of {' … '.join(found.row_days)}"
+        f"  {'features':<13}computed from it: days {' … '.join(found.feature_days)}; carried by rows of {first} … {last or 'now'}"
     )
     for t in found.training_sets:
         stale = ", with other content than it has now" if t["same_as_now"] is False else ""
-        print(f"  {'training set':<13}{t['training_set']}, {t['first_day']} … {t['last_day']}{stale}")
+        kept = f", {t['rows_carrying_it']} rows with features that nothing had replaced" if t["rows_carrying_it"] else ""
+        print(f"  {'training set':<13}{t['training_set']}, {t['first_day']} … {t['last_day']}{stale}{kept}")
     for v in found.versions:
         print(
             f"  {'version':<13}{v['version']}, {v['decision'] or 'not decided'}{', ' + ', '.join(v['aliases']) if v['aliases'] else ''}"
@@ -153,8 +155,10 @@ def _show(found: Any) -> None:
             f"  {'deployment':<13}version {d['version']}, {d['since']} … {d['until'] or 'now'} (ledger entry {d['entry']}, {d['kind']})"
         )
     for p in found.predictions:
+        kept = f", at most {p['may_carry_it']} with such that nothing had replaced" if p["may_carry_it"] else ""
         print(
-            f"  {'predictions':<13}{p['day']}: {p['trained_on_it']} by a version trained on it, {p['featured_by_it']} with features of its days"
+            f"  {'predictions':<13}{p['day']}: {p['trained_on_it']} by a version trained on it, {p['featured_by_it']} with features of its "
+            f"days{kept}"
         )
     for text in found.advice:
         print(f"  {'to do':<13}{text}")

@@ -119,14 +119,33 @@ def restore(
         raise NotFoundError(
             f"revision {commit[:10]} has no raw data of {spec.name} up to {through}; see `mlops data log {spec.name}`"
         )
-    out = quarantine.manifest_key(spec.name)
+    out, used = quarantine.manifest_key(spec.name), _used(lake, spec, evidence)
     for key in [*stages["raw_data"], *(k for k in versions.contents(out, commit) if k == out)]:
-        fresh.write_bytes(key, versions.restore(key, commit).read_bytes())
+        # A correction may have been recorded before the training set was, and its validation not yet.
+        corrected = key in used and used[key] != stages["raw_data"].get(key)
+        revision = _revision_with(versions, key, used[key]) if corrected else commit
+        fresh.write_bytes(key, versions.restore(key, revision).read_bytes())
     fresh.write_bytes(f"{spec.name}/raw_data/tables.json", lake.read_bytes(f"{spec.name}/raw_data/tables.json"))
     parameters: Any = evidence.get("parameters") or {}
     order = rerun.Order(spec.name, module, had["validated_data"], had["features"], through.isoformat(), parameters)
     (root / rerun.ORDER).write_text(json.dumps(asdict(order)))
     return order
+
+
+def _used(lake: Any, spec: ModelSpec, evidence: Mapping[str, Any]) -> Mapping[str, str]:
+    """Key -> MD5 of the raw partitions that a training set was made of; empty where the lake has no record of it."""
+    try:
+        return training_record.of_version(lake, spec.name, "", evidence).raw_data
+    except NotFoundError:
+        return {}
+
+
+def _revision_with(versions: Any, key: str, md5: str) -> str:
+    """The newest revision that gave a key this content. Raises NotFoundError."""
+    found = next((r.commit for r in versions.history(key) if r.files.get(key) == md5), None)
+    if found is None:
+        raise NotFoundError(f"{key}: its history has no content {md5}, which the training set was made of; see `mlops data log`")
+    return found
 
 
 def run(root: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Stage 3: the feature views of a day, computed by SQL, registered in Feast and materialized into the online store."""
 
 import datetime as dt
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
@@ -13,8 +15,9 @@ from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, days, key, stage
 from mlops_dagster.core.errors import DataError, DeclarationError
 from mlops_dagster.core.spec import ModelSpec
-from mlops_dagster.lineage import quarantine
-from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.lineage import origins, quarantine
+from mlops_dagster.resources.data_lake import Lake, StoredFile
+from mlops_dagster.resources.data_versions import DataVersions
 
 STAGE = "features"
 SAMPLED_ENTITIES = 50
@@ -49,18 +52,18 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
         queries, made = load_callable(spec, "features.compute")(), days(context)
         versions, decided = context.resources.data_versions, quarantine.read(lake, spec.name)
-        new = compute_days(spec, lake, engine, queries, made)
+        with reading(spec, lake, versions, made, decided["days"]) as made_of:
+            new = compute_days(spec, lake, engine, queries, made)
+        require_columns(new, store.columns(spec.name, load_callable(spec, "features.define")))
         with quarantine.unchanged(spec, lake, versions, made, decided):
-            stored = [write_versions(lake, day_key(spec, STAGE, d, v), t) for d, views in new.items() for v, t in views.items()]
-        versions.record([f.key for f in stored], f"{spec.name}: features")
+            stored = keep(spec, lake, versions, new, made_of)
         store.apply(spec.name, load_callable(spec, "features.define"))
         begin, end = spec.source.partitions.bounds(min(made))[0], spec.source.partitions.bounds(max(made))[1]
         written = store.materialize(spec.name, begin, end)
         for day, views in new.items():
             rows = {view: table.num_rows for view, table in views.items()}
-            context.add_asset_metadata(
-                {"rows": rows, "dagster/partition_row_count": sum(rows.values())}, partition_key=day.isoformat()
-            )
+            counted = {"rows": rows, "dagster/partition_row_count": sum(rows.values())}
+            context.add_asset_metadata(counted, partition_key=day.isoformat())
         return dg.MaterializeResult(
             metadata={"online_rows": written, "newest_online_value": newest_event(new)},
             data_version=dg.DataVersion(digest_of(f.sha256 for f in stored)),
@@ -79,6 +82,22 @@ def looking_back(spec: ModelSpec) -> dg.AssetDep:
     """A day's features are made of the validated rows of that day and of the features.lookback_days before it."""
     mapping = dg.TimeWindowPartitionMapping(start_offset=-spec.features.lookback_days, allow_nonexistent_upstream_partitions=True)
     return dg.AssetDep(key(spec, "validated_data"), partition_mapping=mapping)
+
+
+@contextmanager
+def reading(
+    spec: ModelSpec, lake: Lake, versions: DataVersions, made: list[dt.date], out: Collection[str]
+) -> Iterator[dict[dt.date, dict[str, str]]]:
+    """While features of the days `made` are computed; gives the raw partitions (key -> MD5) behind each. `out`: days in quarantine.
+
+    Raises TransientError at its end where the validated rows are not those of the beginning: nobody can tell then which were read.
+    """
+    back, stage = dt.timedelta(days=spec.features.lookback_days), "validated_data"
+    span = (min(made) - back, max(made), [dt.date.fromisoformat(day) for day in out])
+    before = origins.recorded(versions, spec.name, stage, *span)
+    rows = origins.load(lake, versions, spec.name, stage, {origins.day_of(key) for key in before})
+    yield {day: {k: md5 for d, raw in rows.items() if day - back <= d <= day for k, md5 in raw.items()} for day in made}
+    origins.require_recorded(lake, versions, spec.name, stage, before, span, f"{spec.name}/{STAGE}")
 
 
 def compute_day(spec: ModelSpec, lake: Lake, engine: Any, queries: dict[str, str], day: dt.date) -> dict[str, pa.Table]:
@@ -137,6 +156,20 @@ def _within(view: str, rows: pa.Table, begin: dt.datetime, end: dt.datetime) -> 
     return kept.sort_by(
         [(name, "ascending") for name in ["event_timestamp", *(c for c in kept.column_names if c != "event_timestamp")]]
     )
+
+
+def keep(
+    spec: ModelSpec,
+    lake: Lake,
+    versions: DataVersions,
+    new: dict[dt.date, dict[str, pa.Table]],
+    made_of: dict[dt.date, dict[str, str]],
+) -> list[StoredFile]:
+    """Store the views of each day and what it was made of, as one revision."""
+    stored = [write_versions(lake, day_key(spec, STAGE, day, v), t) for day, views in new.items() for v, t in views.items()]
+    beside = [origins.store(lake, spec.name, STAGE, day, raw) for day, raw in made_of.items()]
+    versions.record([*(f.key for f in stored), *beside], f"{spec.name}: features")
+    return stored
 
 
 def write_versions(lake: Lake, key: str, rows: pa.Table, now: dt.datetime | None = None) -> Any:
@@ -216,9 +249,16 @@ def same_value(left: Any, right: Any) -> bool:
     return abs(left - right) <= 1e-6 * max(1.0, abs(left)) if isinstance(left, float | int) else left == right
 
 
-def require_views(spec: ModelSpec, queries: dict[str, str], defined: set[str]) -> None:
-    """The SQL and the definitions name the same views. Raises DeclarationError."""
-    if queries.keys() != defined:
+def require_columns(new: dict[dt.date, dict[str, pa.Table]], wanted: dict[str, list[str]]) -> None:
+    """The SQL makes the views that are defined, with their columns. Raises DeclarationError."""
+    views = next(iter(new.values()))
+    if views.keys() != wanted.keys():
         raise DeclarationError(
-            f"features.compute makes {sorted(queries)}, features.define defines {sorted(defined)}; make them the same"
+            f"features.compute makes {sorted(views)}, features.define defines {sorted(wanted)}; make them the same"
         )
+    for view, columns in wanted.items():
+        if missing := [c for c in columns if c not in views[view].column_names]:
+            raise DeclarationError(
+                f"features.compute: the SQL of view {view!r} lacks {', '.join(missing)}, which features.define asks for; it returns "
+                f"{', '.join(views[view].column_names)}"
+            )

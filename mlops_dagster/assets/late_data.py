@@ -39,11 +39,14 @@ def corrections(spec: ModelSpec) -> dg.AssetSpec:
     )
 
 
-def correction(spec: ModelSpec, lake: Lake, versions: DataVersions, written: Iterable[str]) -> dg.AssetMaterialization | None:
-    """What to report after raw partitions were written; None where none of them was used by the newest training set in another form."""
+def correction(
+    spec: ModelSpec, lake: Lake, versions: DataVersions, written: Iterable[str] | None = None
+) -> dg.AssetMaterialization | None:
+    """What to report after raw partitions were written, or (None) after a training set was made; None where the newest training set used
+    none of them in another form."""
     record = newest_record(spec, lake)
     found = changed(spec, versions, record) if record else []
-    if not {c.key for c in found} & set(written):
+    if not found or (written is not None and not {c.key for c in found} & set(written)):
         return None
     version = hashlib.sha256("\n".join(f"{c.key} {c.now}" for c in found).encode()).hexdigest()
     metadata = {"training_set": record.training_set if record else "", "changes": [c.wording for c in found[:100]]}
@@ -78,9 +81,8 @@ def check(spec: ModelSpec, lake: Lake, versions: DataVersions, registry: Any) ->
     told = "; ".join(c.wording for c in found[:SHOWN]) + (f"; and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
     because = f"the {len(record.raw_data)} partitions that were used have the content that they had"
     if found:
-        because = (
-            f"{told}. Made of the old content: {', '.join([*stages, *affected])}; materialize {spec.name}/training_set again"
-        )
+        to_do = " and ".join([*_features_first(spec, record, found), f"{spec.name}/training_set"])
+        because = f"{told}. Made of the old content: {', '.join([*stages, *affected])}; materialize {to_do} again"
     elif affected:
         because += f"; versions that were made of other content: {', '.join(affected)}"
     metadata = {
@@ -116,7 +118,20 @@ def changed(spec: ModelSpec, versions: DataVersions, record: TrainingRecord) -> 
     days = [dt.date.fromisoformat(day) for day in record.days]
     first, last = training_record.reach(days[0], days[-1], record.lookback_days)
     without = {dt.date.fromisoformat(day) for day in record.quarantined}
-    return changes(record.raw_data, versions.contents(f"{spec.name}/raw_data/"), first, last, without)
+    now = versions.contents(f"{spec.name}/raw_data/")
+    found = changes(record.raw_data, now, first, last, without)
+    known = {c.key for c in found}
+    others = [(key, md5) for key, md5s in record.other_raw_data.items() if key not in known for md5 in md5s]
+    return found + [Change(key, md5 or None, now.get(key), features=True) for key, md5 in others if md5 != now.get(key)]
+
+
+def _features_first(spec: ModelSpec, record: TrainingRecord, found: list[Change]) -> list[str]:
+    """The features that are to be made again before a training set is; none where all changes are of its rows."""
+    days = [c.day for c in found if c.features]
+    if not days:
+        return []
+    last = min(max(days) + dt.timedelta(days=record.lookback_days), dt.date.fromisoformat(record.days[-1]))
+    return [f"{spec.name}/features of {min(days)} … {last}"]
 
 
 def affected_versions(spec: ModelSpec, lake: Lake, versions: DataVersions, registry: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Stage 4: labels joined with the features as they were at each row's moment, split by time."""
 
 import datetime as dt
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import dagster as dg
@@ -15,7 +15,8 @@ from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, stage
 from mlops_dagster.core.errors import DataError, NotFoundError, TransientError
 from mlops_dagster.core.spec import ModelSpec
-from mlops_dagster.lineage import quarantine, training_record
+from mlops_dagster.lineage import origins, quarantine, training_record
+from mlops_dagster.lineage.training_record import Inputs
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
 
@@ -50,20 +51,22 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         lake, store = context.resources.data_lake, context.resources.feature_store
         engine = getattr(context.resources, f"feature_engine_{spec.features.engine}")
         window = covered_days(spec, lake, config.through)
-        before = files_read(spec, lake, context.resources.data_versions, window)
+        versions = context.resources.data_versions
+        before = inputs_now(spec, lake, versions, window)
         entities, labelled = entity_rows(spec, lake, store.signature(spec.name), window)
         quarantine.require_recomputed(lake, spec.name, window)
         features = [name for name, _ in store.signature(spec.name).features]
         rows = joined(spec, features, store, entities, window)
-        require_unchanged(spec, window, before, files_read(spec, lake, context.resources.data_versions, window))
+        require_unchanged(spec, lake, versions, window, before)
         stored = lake.write(f"{spec.name}/{STAGE}/{rows_digest(rows)[:16]}.parquet", rows)
         manifest = _manifest(spec, features, rows, stored, window)
-        manifest["inputs"] = _inputs(spec, lake, before, manifest, window)
+        manifest["inputs"] = _inputs(spec, context.resources, before, manifest, window)
         keys = [stored.key, manifest["inputs"]["key"]]
-        manifest["dvc_commit"] = context.resources.data_versions.record(
-            keys, f"{spec.name}: training set through {window[-1]}"
-        ).commit
+        manifest["dvc_commit"] = versions.record(keys, f"{spec.name}: training set through {window[-1]}").commit
         version = write_manifest(lake, spec, STAGE, manifest)
+        # After the manifest, as raw data looks for the manifest after it has recorded: of the two, one sees the other.
+        if corrected := late_data.correction(spec, lake, versions):
+            context.log_event(corrected)
         return dg.MaterializeResult(
             metadata=_metadata(spec, rows, manifest),
             data_version=dg.DataVersion(version),
@@ -129,40 +132,40 @@ def rows_digest(rows: pa.Table) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-@dataclass(frozen=True)
-class FilesRead:
-    """What the rows and features come from: stage -> key -> MD5, and the days that are in quarantine."""
-
-    files: dict[str, dict[str, str]]
-    without: list[dt.date]
-
-
-def files_read(spec: ModelSpec, lake: Lake, versions: DataVersions, window: list[dt.date]) -> FilesRead:
-    """What a training set over the window comes from, by the newest revision of now."""
+def inputs_now(spec: ModelSpec, lake: Lake, versions: DataVersions, window: list[dt.date]) -> Inputs:
+    """What a training set over the window reads, by the newest revision of now."""
     without = sorted(quarantine.days(lake, spec.name))
-    return FilesRead(training_record.files_of(spec, versions, window, without), without)
+    files = {s: origins.recorded(versions, spec.name, s, *span) for s, span in _spans(spec, window, without).items()}
+    raw, other = origins.raw_used(lake, versions, spec.name, window, spec.features.lookback_days, without)
+    return Inputs(files, raw, other, without)
 
 
-def require_unchanged(spec: ModelSpec, window: list[dt.date], before: FilesRead, after: FilesRead) -> None:
+def _spans(
+    spec: ModelSpec, window: list[dt.date], without: Sequence[dt.date]
+) -> dict[str, tuple[dt.date, dt.date, Sequence[dt.date]]]:
+    """Stage -> first and last day that are read of it, and the days that are left out."""
+    first, last = training_record.reach(window[0], window[-1], spec.features.lookback_days)
+    return {"validated_data": (window[0], last, without), "features": (first, last, [])}
+
+
+def require_unchanged(spec: ModelSpec, lake: Lake, versions: DataVersions, window: list[dt.date], before: Inputs) -> None:
     """Raises TransientError where a file was corrected, or a day taken out or back in, while the rows were read: nobody can tell then
-    which content went in."""
-    pairs = [(before.files[stage], after.files[stage]) for stage in before.files]
-    changed = [key for old, new in pairs for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    changed += [
-        f"quarantine of raw_data/{day}"
-        for day in sorted((set(before.without) ^ set(after.without)) | (set(window) & set(before.without)))
-    ]
-    if changed:
+    which content went in. Raw data may change: what the rows and features were computed from was kept with them."""
+    for name, span in _spans(spec, window, before.quarantined).items():
+        origins.require_recorded(lake, versions, spec.name, name, before.files[name], span, f"{spec.name}/{STAGE}")
+    out = set(before.quarantined)
+    if days := sorted((out ^ quarantine.days(lake, spec.name)) | (set(window) & out)):
         raise TransientError(
-            f"{len(changed)} inputs of {spec.name} changed while its training set was made, for example {changed[0]}; wait until the "
-            f"run that changes them has ended, then materialize {spec.name}/{STAGE} again"
+            f"quarantine of raw_data/{', '.join(map(str, days))} of {spec.name} changed while its training set was made; materialize "
+            f"{spec.name}/{STAGE} again"
         )
 
 
-def _inputs(spec: ModelSpec, lake: Lake, before: FilesRead, manifest: dict[str, Any], window: list[dt.date]) -> dict[str, str]:
+def _inputs(spec: ModelSpec, resources: Any, read: Inputs, manifest: dict[str, Any], window: list[dt.date]) -> dict[str, str]:
     """Store what the training set was made of; where that lies and its hash."""
-    queries, without = load_callable(spec, "features.compute")(), before.without
-    record = training_record.describe(spec, before.files, queries, tables(lake, spec), manifest, window, without)
+    lake, lifetimes = resources.data_lake, resources.feature_store.lifetimes(spec.name)
+    queries = load_callable(spec, "features.compute")()
+    record = training_record.describe(spec, read, queries, lifetimes, tables(lake, spec), manifest, window)
     return training_record.store(lake, spec.name, record)
 
 

@@ -1,7 +1,7 @@
 """Stage 2: the rows that pass the model's schema; the others are kept beside them with the reason."""
 
 import datetime as dt
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -13,7 +13,9 @@ from mlops_dagster.assets.references import load
 from mlops_dagster.assets.stage import check_result, days, stage
 from mlops_dagster.core.errors import DataError
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.lineage import origins
 from mlops_dagster.resources.data_lake import Lake
+from mlops_dagster.resources.data_lake.parquet import from_parquet
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,8 @@ class Validation:
     accepted: pa.Table
     rejected: pa.Table
     reasons: dict[str, int]
+    raw: tuple[str, str] | None = None
+    """Key and MD5 of the raw partition that was read."""
 
     @property
     def rejected_share(self) -> float:
@@ -64,7 +68,8 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         if not verdict.passed:
             raise dg.Failure(f"{spec.name}/{STAGE}: {verdict.description}", allow_retries=False)
         stored = [lake.write(day_key(spec, STAGE, d, r.table), r.accepted) for d, results in made.items() for r in results]
-        context.resources.data_versions.record([f.key for f in stored], f"{spec.name}: validated data")
+        made_of = [origins.store(lake, spec.name, STAGE, d, dict(r.raw for r in rs if r.raw)) for d, rs in made.items()]
+        context.resources.data_versions.record([*(f.key for f in stored), *made_of], f"{spec.name}: validated data")
         for day, results in made.items():
             context.add_asset_metadata(_day_metadata(results), partition_key=day.isoformat())
         yield dg.MaterializeResult(
@@ -87,10 +92,12 @@ def _schemas(spec: ModelSpec, names: list[str]) -> dict[str, Any]:
 def _validate_day(spec: ModelSpec, lake: Lake, schemas: dict[str, Any], day: dt.date) -> list[Validation]:
     results = []
     for position, name in enumerate(tables(lake, spec)):
-        rows = lake.read(day_key(spec, "raw_data", day, name))
+        key = day_key(spec, "raw_data", day, name)
+        content = lake.read_bytes(key)
+        rows = from_parquet(key, pa.BufferReader(content), None)
         if position == 0:
             require_columns(spec, name, rows)
-        results.append(validate(name, schemas.get(name), rows))
+        results.append(replace(validate(name, schemas.get(name), rows), raw=(key, origins.md5(content))))
     return results
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Change:
-    """One partition: the hash that was used (None: it was not there yet) and the present one (None: it is gone)."""
+    """One partition: the hash that was used (None: it was not there yet) and the present one (None: it is gone). `features`: it was used
+    by features only; the rows are of the present content."""
 
     key: str
     used: str | None
     now: str | None
+    features: bool = False
 
     @property
     def day(self) -> dt.date:
@@ -22,10 +24,10 @@ class Change:
     def wording(self) -> str:
         """The change in words, with abbreviated hashes."""
         used, now = (hash_ and hash_[:8] for hash_ in (self.used, self.now))
-        table = self.key.split("/")[-2]
+        table, by = self.key.split("/")[-2], " by features" if self.features else ""
         if used is None:
-            return f"{self.day} {table}: came later ({now})"
-        return f"{self.day} {table}: {used} was used, " + ("it is gone now" if now is None else f"it is {now} now")
+            return f"{self.day} {table}: came later ({now})" + (" than features that look back on it" if self.features else "")
+        return f"{self.day} {table}: {used} was used{by}, " + ("it is gone now" if now is None else f"it is {now} now")
 
 
 def day_of(key: str) -> dt.date:

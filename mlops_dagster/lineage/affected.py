@@ -2,13 +2,14 @@
 
 import datetime as dt
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mlops_dagster.core.errors import DataError, NotFoundError
 from mlops_dagster.core.ledger import Entry
-from mlops_dagster.lineage import quarantine, request_search, training_record
+from mlops_dagster.lineage import origins, quarantine, request_search, training_record
+from mlops_dagster.lineage.carried import Carried, carried, rows_of
 from mlops_dagster.lineage.deployments import spells
 from mlops_dagster.lineage.places import Places
 from mlops_dagster.lineage.training_record import TrainingRecord
@@ -24,7 +25,7 @@ class Spread:
     """Where a raw day of a model went; every list is in order of time, moments are ISO 8601.
 
     `partitions`: its lake keys with their MD5 now (None: no longer there) and every MD5 that they had. `feature_days`: first and last day
-    whose features read it, `row_days`: whose rows may carry such a feature (a value that nothing replaces is carried until its TTL).
+    whose features read it, `row_days`: whose rows may use such a feature; the last is None while values that nothing replaced are in use.
     """
 
     model: str
@@ -32,7 +33,7 @@ class Spread:
     quarantined: Mapping[str, Any] | None
     partitions: Sequence[Mapping[str, Any]]
     feature_days: tuple[str, str]
-    row_days: tuple[str, str]
+    row_days: tuple[str, str | None]
     training_sets: Sequence[Mapping[str, Any]]
     versions: Sequence[Mapping[str, Any]]
     deployments: Sequence[Mapping[str, Any]]
@@ -67,25 +68,56 @@ def spread(
     if not partitions:
         return None
     records = [training_record.load(lake, key) for key in lake.list(f"{model}/{training_record.FOLDER}/")]
-    touched = [r for r in records if r.touches(day)]
-    versions = [v for v in registered if _rests_on(v, records, day, lookback_days)]
+    features = day, day + dt.timedelta(days=lookback_days)
+    values = _Values(lake, data, model, features)
+    rows_carrying = {r.training_set: values.rows_carrying(r) for r in records if not r.touches(day) and r.days[-1] >= str(day)}
+    touched = [r for r in records if r.touches(day) or rows_carrying.get(r.training_set)]
+    versions = [v for v in registered if _rests_on(v, records, touched, day, lookback_days)]
     entries = places.entries(model)
     numbers = {str(v.number) for v in versions}
     live = [s for s in spells(entries, model) if s.version in numbers]
-    rows = training_record.reached(day, lookback_days)
+    near = training_record.reached(day, lookback_days)
+    last = values.last_row_day(records, near[1])
     return Spread(
         model,
         f"raw_data/{day}",
         quarantine.read(lake, model)["days"].get(day.isoformat()),
         partitions,
-        (day.isoformat(), (day + dt.timedelta(days=lookback_days)).isoformat()),
-        (rows[0].isoformat(), rows[1].isoformat()),
-        _training_sets(touched, day, partitions, versions),
+        (features[0].isoformat(), features[1].isoformat()),
+        (near[0].isoformat(), last and last.isoformat()),
+        _training_sets(touched, rows_carrying, day, partitions, versions),
         [_version(v) for v in versions],
         [_deployment(s.version, s.since, s.until, s.began) for s in live],
-        _predictions(places, model, numbers, rows),
+        _predictions(places, model, numbers, near, last),
         advice(model, entries, registered, numbers),
     )
+
+
+@dataclass
+class _Values:
+    """The feature values of first … last, looked up once for all training sets whose views have the same keys and TTL."""
+
+    lake: Lake
+    data: DataVersions
+    model: str
+    days: tuple[dt.date, dt.date]
+    known: dict[str, list[Carried]] = field(default_factory=dict)
+
+    def of(self, record: TrainingRecord) -> list[Carried]:
+        mark = repr(sorted((name, view.keys, view.ttl_seconds) for name, view in record.views.items()))
+        if mark not in self.known:
+            self.known[mark] = carried(self.lake, self.data, self.model, record.views, *self.days)
+        return self.known[mark]
+
+    def rows_carrying(self, record: TrainingRecord) -> int:
+        """How many rows of a training set use such values (the most of any view)."""
+        return max((one.used_by(rows_of(self.lake, record, one.keys)) for one in self.of(record)), default=0)
+
+    def last_row_day(self, records: Sequence[TrainingRecord], near: dt.date) -> dt.date | None:
+        """The last day whose rows may use one, by the newest training set's views and at least `near`; None where one is still in use."""
+        newest = max(records, key=lambda r: r.days[-1], default=None)
+        ends = [one.until for one in self.of(newest)] if newest else []
+        return None if None in ends else max([near, *(end.date() for end in ends if end)])
 
 
 def _partitions(lake: Lake, data: DataVersions, model: str, day: dt.date) -> list[dict[str, Any]]:
@@ -100,11 +132,13 @@ def _partitions(lake: Lake, data: DataVersions, model: str, day: dt.date) -> lis
     return [{"key": k, "md5": now.get(k), "revisions": had.get(k, [])} for k in sorted([*had, *untracked])]
 
 
-def _rests_on(version: Version, records: Iterable[TrainingRecord], day: dt.date, lookback_days: int) -> bool:
+def _rests_on(
+    version: Version, records: Sequence[TrainingRecord], touched: Sequence[TrainingRecord], day: dt.date, lookback_days: int
+) -> bool:
     """By the version's record, or, for one whose record is gone or was never kept, by its days."""
     own = [r for r in records if r.training_set == version.evidence.get("training_set")]
     if version.evidence.get("inputs") and own:
-        return any(r.touches(day) for r in own)
+        return any(r in touched for r in own)
     try:
         first, last = (dt.date.fromisoformat(str(version.evidence[name])) for name in ("first_day", "last_day"))
     except (KeyError, ValueError):
@@ -114,7 +148,11 @@ def _rests_on(version: Version, records: Iterable[TrainingRecord], day: dt.date,
 
 
 def _training_sets(
-    touched: Sequence[TrainingRecord], day: dt.date, partitions: Sequence[Mapping[str, Any]], versions: Sequence[Version]
+    touched: Sequence[TrainingRecord],
+    rows_carrying: Mapping[str, int],
+    day: dt.date,
+    partitions: Sequence[Mapping[str, Any]],
+    versions: Sequence[Version],
 ) -> list[dict[str, Any]]:
     now = {p["key"]: p["md5"] for p in partitions}
     told = [
@@ -124,6 +162,7 @@ def _training_sets(
             "last_day": r.days[-1],
             "rows_of_the_day": day.isoformat() in r.days,
             "used": r.touches(day),
+            "rows_carrying_it": rows_carrying.get(r.training_set, 0),
             "same_as_now": all(now.get(key) == md5 for key, md5 in r.touches(day).items()),
         }
         for r in touched
@@ -136,6 +175,7 @@ def _training_sets(
             "last_day": v.evidence.get("last_day"),
             "rows_of_the_day": str(v.evidence.get("first_day")) <= day.isoformat(),
             "used": {},
+            "rows_carrying_it": 0,
             "same_as_now": None,
         }
         for v in versions
@@ -165,15 +205,19 @@ def _deployment(version: str, since: dt.datetime, until: dt.datetime | None, beg
     }
 
 
-def _predictions(places: Places, model: str, touched: set[str], rows: tuple[dt.date, dt.date]) -> list[dict[str, Any]]:
-    """Each collected day with predictions of a touched version (`trained_on_it`) or on features of the partition (`featured_by_it`)."""
+def _predictions(
+    places: Places, model: str, touched: set[str], near: tuple[dt.date, dt.date], last: dt.date | None
+) -> list[dict[str, Any]]:
+    """Each collected day with predictions of a touched version (`trained_on_it`), on features of the partition (`featured_by_it`) or,
+    after these days, on values of them that nothing had replaced (`may_carry_it`: at most so many)."""
     told = []
     for key, index in request_search.indexes(places, model):
-        day = dt.date.fromisoformat(key.rpartition("/")[2].removesuffix(".parquet"))
-        featured = rows[0] <= day <= rows[1]
+        day, rows = origins.day_of(key), index.summary.rows
         trained = sum(n for version, n in index.summary.versions.items() if version in touched)
-        if trained or (featured and index.summary.rows):
-            told.append({"day": str(day), "trained_on_it": trained, "featured_by_it": index.summary.rows if featured else 0})
+        featured = rows if near[0] <= day <= near[1] else 0
+        carrying = rows if near[1] < day and (last is None or day <= last) else 0
+        if trained or featured or carrying:
+            told.append({"day": str(day), "trained_on_it": trained, "featured_by_it": featured, "may_carry_it": carrying})
     return told
 
 

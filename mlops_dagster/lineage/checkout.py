@@ -1,12 +1,12 @@
 """A model's part of the lake as it was: in the lake itself, or as a copy in a folder."""
 
 import datetime as dt
-import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlops_dagster.core.errors import DataError, NotFoundError
-from mlops_dagster.lineage import training_record
+from mlops_dagster.lineage import origins, quarantine
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
 
@@ -53,17 +53,19 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     """Make the lake's tracked keys of a model equal to a revision.
 
     What it replaces is recorded first, and the outcome afterwards, as revisions of their own, so nothing is lost. Each file is replaced
-    whole; killed and run again, it completes, its record included. Keys that are not tracked (reports, logs, manifests) stay, and so do
-    the records of what training sets were made of: manifests and versions point at them, and their names are their hashes.
+    whole; killed and run again, it completes, its record included. Features that a day in quarantine went into do not come back, and what
+    is there in their place stays. Keys that are not tracked (reports, logs, manifests) stay, and so do
+    training sets and the records of what they were made of: manifests and versions point at them, and their names are their hashes.
     """
     decided = f"{model}/quarantine/"  # not data: what is out stays out
     wanted, tracked = (
         {key: md5 for key, md5 in found.items() if not key.startswith(decided)}
         for found in (contents(versions, model, revision), versions.contents(f"{model}/"))
     )
-    present = set(lake.list(f"{model}/"))
-    written = [k for k, md5 in wanted.items() if k not in present or _md5(lake.read_bytes(k)) != md5]
-    gone = {key for key in tracked.keys() - wanted.keys() if not key.startswith(f"{model}/{training_record.FOLDER}/")}
+    present, stays = set(lake.list(f"{model}/")), _kept_out(lake, versions, model, revision, wanted)
+    wanted = {key: md5 for key, md5 in wanted.items() if key not in stays}
+    written = origins.differing(lake, wanted)
+    gone = {key for key in tracked.keys() - wanted.keys() - stays if not key.startswith(f"{model}/training_set/")}
     removed = sorted(gone & present)
     changing = [*written, *removed]
     # Also what the lake holds already but its newest revision does not: a killed checkout left it so.
@@ -83,11 +85,21 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     return Checkout(tuple(written), tuple(removed), len(wanted) - len(written), commit)
 
 
+def _kept_out(lake: Lake, versions: DataVersions, model: str, revision: str | dt.datetime, wanted: Mapping[str, str]) -> set[str]:
+    """The features of a revision, with their origins, that a day went into which is in quarantine now."""
+    out, kept, prefix = quarantine.days(lake, model), set[dt.date](), f"{model}/{origins.FOLDER}/features/"
+    for key in wanted if out else ():
+        if key.startswith(prefix) and out & {*map(origins.day_of, json.loads(versions.restore(key, revision).read_bytes()))}:
+            kept.add(origins.day_of(key))
+    stages = [key for key in wanted if key.startswith((prefix, f"{model}/features/"))] if kept else []
+    return {key for key in stages if origins.day_of(key) in kept}
+
+
 def in_folder(folder: Lake, versions: DataVersions, model: str, revision: str | dt.datetime) -> Checkout:
     """Copy a revision's keys into another lake (a folder). Raises DataError where that holds other files of the model."""
     wanted = contents(versions, model, revision)
     present = set(folder.list(f"{model}/"))
-    foreign = sorted(key for key in present if key not in wanted or _md5(folder.read_bytes(key)) != wanted[key])
+    foreign = sorted({*(present - wanted.keys()), *origins.differing(folder, {k: wanted[k] for k in present & wanted.keys()})})
     if foreign:
         raise DataError(
             f"--to holds {len(foreign)} files that are not of this revision, for example {foreign[0]}; give an empty folder"
@@ -96,7 +108,3 @@ def in_folder(folder: Lake, versions: DataVersions, model: str, revision: str | 
     for key in written:
         folder.write_bytes(key, versions.restore(key, revision).read_bytes())
     return Checkout(tuple(written), (), len(wanted) - len(written))
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -3,14 +3,13 @@
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlops_dagster.core.errors import DataError, NotFoundError
 from mlops_dagster.lineage.places import ReadableLake
 from mlops_dagster.resources.data_lake import Lake
-from mlops_dagster.resources.data_versions import DataVersions
 
 if TYPE_CHECKING:
     from mlops_dagster.core.spec import ModelSpec
@@ -20,16 +19,31 @@ FOLDER = "training_set/inputs"
 
 @dataclass(frozen=True)
 class FeatureView:
-    """A view as a training set used it: `definition`, SHA-256 of its SQL; `data`, SHA-256 over the MD5 of its `days` partitions."""
+    """A view as a training set used it: `definition`, SHA-256 of its SQL; `data`, SHA-256 over the MD5 of its `days` partitions; the join
+    `keys` of its values (None: not recorded), and `ttl_seconds`, for how long one is used that nothing replaces (None: for ever)."""
 
     definition: str
     data: str
     days: int
+    keys: Sequence[str] | None = None
+    ttl_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training set reads, as it was before it was read: `files`, stage -> lake key -> MD5; the raw partitions as in a
+    TrainingRecord; the days in quarantine."""
+
+    files: Mapping[str, Mapping[str, str]]
+    raw_data: Mapping[str, str]
+    other_raw_data: Mapping[str, Sequence[str]]
+    quarantined: Sequence[dt.date]
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """The inputs of a training set. `raw_data`: lake key -> MD5, of every partition that its rows or their features may come from."""
+    """The inputs of a training set. `raw_data`: lake key -> MD5, of every partition that its rows or their features were computed from;
+    `other_raw_data`: key -> every other MD5 that some of the features were computed from ('': before the partition was there)."""
 
     training_set: str
     key: str
@@ -39,6 +53,7 @@ class TrainingRecord:
     raw_data: Mapping[str, str]
     views: Mapping[str, FeatureView]
     quarantined: Sequence[str] = field(default=())
+    other_raw_data: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def touches(self, day: dt.date) -> dict[str, str]:
         """The raw partitions of a day that went into it, with the MD5 that they had."""
@@ -51,45 +66,37 @@ def reach(first: dt.date, last: dt.date, lookback_days: int) -> tuple[dt.date, d
 
 
 def reached(day: dt.date, lookback_days: int) -> tuple[dt.date, dt.date]:
-    """The days whose rows a raw day may reach; the inverse of `reach`. A value that is not replaced is used for longer, up to its view's TTL."""
+    """The days whose rows a raw day may reach; the inverse of `reach`. A value that is not replaced is used for longer: see `carried`."""
     return day, day + dt.timedelta(days=lookback_days + 1)
-
-
-def files_of(
-    spec: "ModelSpec", versions: DataVersions, days: Sequence[dt.date], quarantined: Iterable[dt.date]
-) -> dict[str, dict[str, str]]:
-    """Stage -> key -> MD5 of what a training set over `days` may be made of, as the lake's newest revision has it. Taken before its rows
-    are read and again afterwards, it tells whether these are the files that were read."""
-    first, last = reach(days[0], days[-1], spec.features.lookback_days)
-    without = {"raw_data": set(quarantined), "validated_data": set(quarantined), "features": set()}
-    return {s: _between(versions.contents(f"{spec.name}/{s}/"), first, last, out) for s, out in without.items()}
 
 
 def describe(
     spec: "ModelSpec",
-    files: Mapping[str, Mapping[str, str]],
+    read: Inputs,
     queries: Mapping[str, str],
+    lifetimes: Mapping[str, tuple[Sequence[str], float | None]],
     tables: Sequence[str],
     training_set: Mapping[str, Any],
     days: Sequence[dt.date],
-    quarantined: Sequence[dt.date],
 ) -> TrainingRecord:
-    """The record of a training set over `days`; `files`: its `files_of`, `queries`: view -> SQL."""
+    """The record of a training set over `days`; `queries`: view -> SQL, `lifetimes`: view -> join keys and TTL."""
     first, last = reach(days[0], days[-1], spec.features.lookback_days)
     views = {}
     for view, sql in sorted(queries.items()):
-        own = {key: md5 for key, md5 in files["features"].items() if key.startswith(f"{spec.name}/features/{view}/")}
+        own = {key: md5 for key, md5 in read.files["features"].items() if key.startswith(f"{spec.name}/features/{view}/")}
         lines = "\n".join(f"{md5}  {key}" for key, md5 in sorted(own.items()))
-        views[view] = FeatureView(_sha256(sql.encode()), _sha256(lines.encode()), len(own))
+        keys, ttl = lifetimes.get(view, (None, None))
+        views[view] = FeatureView(_sha256(sql.encode()), _sha256(lines.encode()), len(own), keys, ttl)
     return TrainingRecord(
         training_set["training_set"],
         training_set["key"],
         [day.isoformat() for day in days],
         spec.features.lookback_days,
         list(tables),
-        files["raw_data"],
+        read.raw_data,
         views,
-        [day.isoformat() for day in sorted(quarantined) if first <= day <= last],
+        [day.isoformat() for day in sorted(read.quarantined) if first <= day <= last],
+        read.other_raw_data,
     )
 
 
@@ -120,18 +127,6 @@ def of_version(lake: ReadableLake, model: str, version: str, evidence: Mapping[s
             f"--version {version} --to FOLDER` shows the lake as it was, and a version that is trained now has one"
         )
     return load(lake, inputs["key"], inputs["sha256"])
-
-
-def _between(files: Mapping[str, str], first: dt.date, last: dt.date, without: set[dt.date]) -> dict[str, str]:
-    kept = {}
-    for key, md5 in files.items():
-        try:
-            day = dt.date.fromisoformat(key.rpartition("/")[2].partition(".")[0])
-        except ValueError:
-            continue
-        if first <= day <= last and day not in without:
-            kept[key] = md5
-    return kept
 
 
 def _sha256(content: bytes) -> str:

@@ -108,6 +108,9 @@ def main() -> None:
     life.raw_only("only raw data again", "2024-02-02")
     life.stale("after raw data alone")
     life.run("the rest of that day", "ingest", day="2024-02-02")
+    life.run("trained with features of both contents", "train", only=[dg.AssetKey([MODEL, "training_set"])])
+    for days in (("2024-02-03", "2024-02-09"), ("2024-02-14", "2024-02-14")):
+        life.run("features that look back on it", "ingest", days=days, only=[dg.AssetKey([MODEL, "features"])])
     life.run("trained again", "train")
     second = life.training_rows()
     features = ["depot_late_share", "depot_parcels", "weight"]

@@ -2,50 +2,27 @@
 
 import datetime as dt
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlops_dagster.assets import late_data, training_set
-from mlops_dagster.core.errors import TransientError
+from mlops_dagster.assets import late_data
 from mlops_dagster.core.spec import ModelSpec
-from mlops_dagster.lineage import training_record
 from mlops_dagster.resources.data_lake.folder import FolderLake
 from mlops_dagster.resources.data_versions.dvc import DvcVersions
 from mlops_dagster.sensors import new_data
-from tests.lifecycle import parcels_csv
-
-HERE = Path(__file__).parent
+from tests.lifecycle import foreign
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, dict]:
     """What each step of `late_life.py` saw, on a source whose last day is 2024-02-14."""
     folder = tmp_path_factory.mktemp("late")
-    shutil.copytree(HERE / "own_project", folder / "project")
+    environment = foreign.make(folder)
     declared = folder / "project/parcels/defs/late_parcel/defs.yaml"
     declared.write_text(declared.read_text().replace("end: 2024-02-29", "end: 2024-02-14"))
-    parcels_csv.write(folder / "parcels.csv")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder / "project"),
-        "PARCELS_CSV": str(folder / "parcels.csv"),
-        "MLOPS_HOME": str(folder / "state"),
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(folder),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "late_life.py")], env=environment, capture_output=True, text=True, timeout=600, cwd=HERE
-    )
-    lines = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert done.returncode == 0, f"after {[line['step'] for line in lines]}: {done.stderr[-6000:]}"
-    return {line.pop("step"): line for line in lines}
+    return foreign.steps("late_life.py", environment)
 
 
 def test_before_a_training_set_and_a_version_the_checks_pass_and_say_so(seen):
@@ -101,6 +78,15 @@ def test_dagster_shows_what_lies_downstream_as_unsynced(seen):
     alone = seen["after raw data alone"]
     assert alone["validated_data 2024-02-02"] == "STALE"
     assert seen["after training again"]["training_set"] == "FRESH"
+
+
+def test_features_of_the_old_content_beside_rows_of_the_new_one_are_told(seen):
+    passed, because, severity = seen["trained with features of both contents"]["checks"]["training_set.late_data"]
+    assert (passed, severity) == (False, "WARN")
+    assert "2024-02-02 rows: " in because
+    assert "2024-02-13 rows: " in because
+    assert because.count(" was used by features, it is ") == 2
+    assert "materialize late_parcel/features of 2024-02-02 … 2024-02-14 and late_parcel/training_set again" in because
 
 
 def test_training_again_takes_the_late_rows_and_keeps_what_was_known_before(seen):
@@ -188,32 +174,3 @@ def test_a_training_set_whose_record_is_gone_holds_up_no_ingestion_and_is_told(s
     told = late_data.check(spec, lake, versions, None)
     assert not told.passed
     assert "no record of what the training set was made of; materialize m/training_set again" in (told.description or "")
-
-
-def test_a_training_set_is_not_made_of_files_that_changed_meanwhile(spec, lake):
-    versions, window = DvcVersions(root=lake.root), [dt.date(2024, 1, 2), DAY]
-    inside = [RAW, "m/validated_data/rows/2024-01-02.parquet", "m/features/v/2024-01-01.parquet"]
-    after = "m/raw_data/rows/2024-01-04.parquet"
-
-    def record(key, n):
-        lake.write(key, pa.table({"n": [n]}))
-        versions.record([key], key)
-
-    for n, key in enumerate(inside):
-        record(key, n)
-    before = training_set.files_read(spec, lake, versions, window)
-    record(after, 9)  # a new day is none of its own
-    training_set.require_unchanged(spec, window, before, training_set.files_read(spec, lake, versions, window))
-    described = training_record.describe(
-        spec, before.files, {"v": "SELECT"}, ["rows"], {"training_set": "t", "key": "k"}, window, before.without
-    )
-    assert (set(described.raw_data), described.views["v"].days) == ({RAW}, 1)
-    for key in inside:
-        before = training_set.files_read(spec, lake, versions, window)
-        record(key, 7)
-        with pytest.raises(TransientError, match=f"1 inputs of m changed while its training set was made, for example {key}"):
-            training_set.require_unchanged(spec, window, before, training_set.files_read(spec, lake, versions, window))
-    lake.write_bytes("m/quarantine/raw_data.json", json.dumps({"days": {DAY.isoformat(): {}}, "recompute": []}).encode())
-    now = training_set.files_read(spec, lake, versions, window)
-    with pytest.raises(TransientError, match="for example quarantine of raw_data/2024-01-03"):
-        training_set.require_unchanged(spec, window, now, now)

@@ -1,11 +1,12 @@
 import datetime as dt
+import json
 import uuid
 from pathlib import Path
 
 import pytest
 
 from mlops_dagster.core.errors import DataError, NotFoundError, StorageError
-from mlops_dagster.lineage import checkout
+from mlops_dagster.lineage import checkout, origins
 from mlops_dagster.resources.data_lake.folder import FolderLake
 from mlops_dagster.resources.data_lake.s3 import S3Lake
 from mlops_dagster.resources.data_versions.dvc import DvcVersions
@@ -128,12 +129,40 @@ def test_a_removal_whose_recorder_was_killed_after_the_dvc_file_had_gone_is_reco
     assert ONE not in versions.contents("m/")
 
 
-def test_the_records_of_later_training_sets_stay(lake, versions, first):
-    inputs = "m/training_set/inputs/0123456789abcdef.json"
-    lake.write_bytes(inputs, b"{}")
-    versions.record([inputs], "later")
+STEPS = [("write_bytes", 0), ("write_bytes", 1), ("delete", 0), ("record", 0), ("record", 1), ("nothing", 0)]
+
+
+@pytest.mark.parametrize(("step", "call"), STEPS)
+def test_the_training_set_that_the_manifest_names_is_there_wherever_a_checkout_ends(
+    lake, versions, first, monkeypatch, step, call
+):
+    rows, inputs = "m/training_set/0123456789abcdef.parquet", "m/training_set/inputs/0123456789abcdef.json"
+    for key in (rows, inputs):
+        lake.write_bytes(key, key.encode())
+    versions.record([rows, inputs], "a training set")
+    lake.write_bytes(MANIFEST, json.dumps({"key": rows, "inputs": {"key": inputs}}).encode())
+    before, calls, newest = held(lake), [], versions.history("m/")[0].commit
+    owner = DvcVersions if step == "record" else type(lake)
+
+    def killed(self, *arguments):
+        calls.append(arguments)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    if step != "nothing":
+        real = getattr(owner, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, killed)
+            with pytest.raises(KeyboardInterrupt):
+                checkout.in_lake(lake, versions, "m", first)
+        assert held(lake).keys() >= {rows, inputs, MANIFEST}
     checkout.in_lake(lake, versions, "m", first)
-    assert (lake.read_bytes(inputs), inputs in versions.contents("m/")) == (b"{}", True)
+    kept = {key: before[key] for key in (rows, inputs, MANIFEST)}
+    assert held(lake) == {ONE: b"one", TWO: b"two", **kept}
+    assert versions.contents("m/").keys() == {ONE, TWO, rows, inputs}
+    checkout.in_lake(lake, versions, "m", newest)
+    assert held(lake) == before
 
 
 def test_nothing_changes_where_the_bytes_of_the_revision_are_lost(lake, versions, first, monkeypatch):
@@ -165,8 +194,32 @@ def test_a_copy_leaves_the_lake_alone_and_refuses_a_folder_of_other_files(lake, 
         checkout.in_folder(copy, versions, "m", versions.history("m/")[0].commit)
 
 
+def test_features_that_a_day_in_quarantine_went_into_do_not_come_back(lake, versions):
+    files = {}
+    for day in (1, 2, 3):
+        made_of = {f"m/raw_data/rows/2024-01-0{d}.parquet": "md5" for d in (day, max(day - 1, 1))}
+        files[day] = [
+            f"m/features/v/2024-01-0{day}.parquet",
+            origins.store(lake, "m", "features", dt.date(2024, 1, day), made_of),
+        ]
+        lake.write_bytes(files[day][0], b"with all")
+    keys = [key for two in files.values() for key in two]
+    commit = versions.record(keys, "features").commit
+    decided = {"days": {"2024-01-01": {}}, "recompute": ["2024-01-01", "2024-01-02"]}
+    lake.write_bytes("m/quarantine/raw_data.json", json.dumps(decided).encode())
+    lake.delete(files[1][0])
+    lake.write_bytes(files[2][0], b"made again without it")
+    lake.delete(files[3][0])
+    versions.record([two[0] for two in files.values()], "out")
+    done = checkout.in_lake(lake, versions, "m", commit)
+    assert (done.written, done.removed) == ((files[3][0],), ())
+    assert files[1][0] not in held(lake)
+    assert (held(lake)[files[2][0]], held(lake)[files[3][0]]) == (b"made again without it", b"with all")
+    assert checkout.in_lake(lake, versions, "m", commit).commit is None
+
+
 def test_what_is_in_quarantine_stays_there(lake, versions, first):
-    lake.write_bytes("m/quarantine/raw_data.json", b"{}")
+    lake.write_bytes("m/quarantine/raw_data.json", b'{"days": {}, "recompute": []}')
     versions.record(["m/quarantine/raw_data.json"], "out")
     checkout.in_lake(lake, versions, "m", first)
     assert lake.list("m/quarantine/") == ["m/quarantine/raw_data.json"]

@@ -87,12 +87,13 @@ def test_what_a_raw_day_touched(mlops):
     assert [v["version"] for v in found["versions"]] == [1]
     assert found["training_sets"][0]["same_as_now"]
     assert found["deployments"][0]["until"] is None
-    assert found["predictions"] == [{"day": "2024-01-31", "trained_on_it": 60, "featured_by_it": 60}]
-    assert (found["feature_days"], found["row_days"]) == (["2024-01-25", "2024-02-01"], ["2024-01-25", "2024-02-02"])
+    assert found["predictions"] == [{"day": "2024-01-31", "trained_on_it": 60, "featured_by_it": 60, "may_carry_it": 0}]
+    assert (found["feature_days"], found["row_days"]) == (["2024-01-25", "2024-02-01"], ["2024-01-25", None])
+    assert json.loads(mlops("affected", "raw_data/2024-01-20", "--json")[1])[0]["row_days"] == ["2024-01-20", "2024-01-28"]
     _, after, _ = mlops("affected", "raw_data/2024-01-31", "--json")
     (later,) = json.loads(after)
     assert (later["training_sets"], later["versions"], later["advice"]) == ([], [], [])
-    assert later["predictions"] == [{"day": "2024-01-31", "trained_on_it": 0, "featured_by_it": 60}]
+    assert later["predictions"] == [{"day": "2024-01-31", "trained_on_it": 0, "featured_by_it": 60, "may_carry_it": 0}]
 
 
 def test_the_data_as_it_was_for_a_version(mlops, environment, tmp_path):

@@ -64,8 +64,16 @@ class HasMoments(Protocol):
 
 
 class HasSignature(Protocol):
-    """A store that can tell what was applied last."""
+    """A store that can tell what was applied last, and what a definition asks for."""
 
     def signature(self, model: str) -> FeatureSignature:
         """Raises NotFoundError if the model's features were never applied."""
+        ...
+
+    def columns(self, model: str, define: Callable[[Callable[[str], Any]], Sequence[Any]]) -> dict[str, list[str]]:
+        """View -> the columns that its rows must have, as `define` has it now; nothing is registered. Raises DeclarationError."""
+        ...
+
+    def lifetimes(self, model: str) -> dict[str, tuple[list[str], float | None]]:
+        """View -> its join keys and the seconds for which a value is used that nothing replaces (None: for ever)."""
         ...

@@ -160,6 +160,25 @@ def signature(store: "feast.FeatureStore", model: str) -> FeatureSignature:
     return FeatureSignature(tuple(features), tuple(entities), tuple(request.items()), stored)
 
 
+def columns(objects: list[Any]) -> dict[str, list[str]]:
+    """Of each feature view among the author's objects, the columns that its source must have: join keys, then features."""
+    from feast import Entity, FeatureView
+
+    keys = {item.name: item.join_key for item in objects if isinstance(item, Entity)}
+    found = {}
+    for view in (item for item in objects if isinstance(item, FeatureView)):
+        named = [*(keys[name] for name in view.entities if name in keys), *(field.name for field in view.features)]
+        back = {new: old for old, new in view.batch_source.field_mapping.items()} if view.batch_source else {}
+        found[view.name] = list(dict.fromkeys(back.get(name, name) for name in named))
+    return found
+
+
+def lifetime(view: "feast.FeatureView") -> tuple[list[str], float | None]:
+    """A view's join keys, and the seconds for which a value is used that nothing replaces; None where it has no TTL."""
+    keys = [column.name for column in view.entity_columns if column.name != "__dummy_id"]
+    return keys, view.ttl.total_seconds() if view.ttl else None
+
+
 def dtype(field: Any) -> str:
     name = str(field.dtype.to_value_type().name)
     return DTYPES.get(name, name.lower())

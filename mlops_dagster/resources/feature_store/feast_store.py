@@ -62,6 +62,14 @@ class FeastStore(ConfigurableResource):
         pairs = {name: tuple((item[0], item[1]) for item in found[name]) for name in ("features", "request")}
         return FeatureSignature(pairs["features"], tuple(found["entities"]), pairs["request"], tuple(found["views"]))
 
+    def columns(self, model: str, define: Callable[[Callable[[str], Any]], Sequence[Any]]) -> dict[str, list[str]]:
+        with _feast_errors(model, DeclarationError):
+            return feast_definitions.columns(feast_definitions.defined(model, define, lambda view: self._source(model, view)))
+
+    def lifetimes(self, model: str) -> dict[str, tuple[list[str], float | None]]:
+        with _feast_errors(model, DataError):
+            return {view.name: feast_definitions.lifetime(view) for view in self._store(model).list_feature_views()}
+
     def materialize(self, model: str, start: datetime, end: datetime) -> dict[str, int]:
         for name, moment in (("start", start), ("end", end)):
             if moment.tzinfo is None:
