@@ -4,12 +4,17 @@ import datetime as dt
 import logging
 from typing import Any
 
-from mlops_dagster.core.errors import ApprovalError, NotFoundError
+from mlops_dagster.core.errors import ApprovalError, ArtifactError, NotFoundError
 from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state
 
+LOOK_AGAIN = dt.timedelta(minutes=1)
+"""How long the refusal of an approval set in the registry stands before its reason, the stored bytes among others, is looked at again."""
+
 _log = logging.getLogger(__name__)
+_REFUSED: dict[tuple[str, int, dt.datetime, str | None], tuple[dt.datetime, str]] = {}
+"""By model, number, creation and who approved: until when the refusal stands, and why. A sensor asks every few seconds."""
 
 
 def find(registry: Registry, model: str, number: int) -> Version:
@@ -25,7 +30,8 @@ def find(registry: Registry, model: str, number: int) -> Version:
 def decide(registry: Registry, ledger: Ledger, model: str, number: int, approval: Approval) -> Version:
     """Record a person's decision about a version; a repeated one changes nothing.
 
-    Raises NotFoundError, or ApprovalError where the decision is not allowed (already rejected, four eyes, changed evidence).
+    Raises NotFoundError, ApprovalError where the decision is not allowed (already rejected, four eyes, changed evidence), or
+    ArtifactError where an approved version's stored bytes are not those that were registered.
     """
     version = find(registry, model, number)
     author = version.tags.get("author")
@@ -67,14 +73,34 @@ def adopt(registry: Registry, ledger: Ledger, model: str, now: dt.datetime) -> l
     valid = []
     for version in registry.versions(model):
         state = approval_state(version)
-        if state is ApprovalState.UNBOUND and version.approval:
-            by = version.approval.by or "registry UI"
-            try:
-                version = decide(registry, ledger, model, version.number, Approval("approved", by, now, version.approval.reason))
-            except ApprovalError as error:
-                _log.warning("the approval of version %s set in the registry does not count: %s", version.number, error)
+        if state is ApprovalState.UNBOUND:
+            version = _bound(registry, ledger, version, now)
         elif state in (ApprovalState.APPROVED, ApprovalState.REJECTED):
             record(ledger, version)
         if approval_state(version) is ApprovalState.APPROVED:
             valid.append(version)
     return valid
+
+
+def refusals(model: str, now: dt.datetime) -> list[str]:
+    """Why approvals of this model that were set in the registry's UI do not count, as `adopt` found last in this process."""
+    return [why for (name, *_), (until, why) in _REFUSED.items() if name == model and now < until]
+
+
+def _bound(registry: Registry, ledger: Ledger, version: Version, now: dt.datetime) -> Version:
+    """The version with its approval set by hand bound to the evidence, or as it is where that is refused (see `refusals`)."""
+    assert version.approval is not None
+    key = (version.model, version.number, version.created_at, version.approval.by)
+    until, _ = _REFUSED.get(key, (now, ""))
+    if now < until:
+        return version
+    by = version.approval.by or "registry UI"
+    try:
+        decided = decide(registry, ledger, version.model, version.number, Approval("approved", by, now, version.approval.reason))
+    except (ApprovalError, ArtifactError) as error:
+        why = f"the approval of version {version.number} set in the registry does not count: {error}"
+        _log.warning(why)
+        _REFUSED[key] = (now + LOOK_AGAIN, why)
+        return version
+    _REFUSED.pop(key, None)
+    return decided

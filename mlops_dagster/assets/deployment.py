@@ -11,6 +11,7 @@ from mlops_dagster.assets.rollout import Parts, Tick
 from mlops_dagster.assets.smoke import failures
 from mlops_dagster.assets.stage import check_result, stage
 from mlops_dagster.core.rollout import Phase, RolloutState
+from mlops_dagster.core.rollout_gates import Outcome
 from mlops_dagster.core.spec import ModelSpec
 
 STAGE = "deployment"
@@ -19,6 +20,8 @@ CHECKS = {
     "smoke_prediction": ("The served version answers what its artifact answers.", False),
 }
 TICK_SECONDS = 0.25
+AFTER_ERROR_SECONDS = 5.0
+"""As often as the sensor looks: a system that is away for a second shall not use up `max_consecutive_errors`."""
 
 
 def build(spec: ModelSpec) -> dg.AssetsDefinition:
@@ -60,7 +63,7 @@ def until_started(parts: Parts, spec: ModelSpec) -> RolloutState | None:
     """Tick until the version's server has started (or failed); what follows is the rollout sensor's."""
     found: Tick | None = rollout.tick(parts, spec, dt.datetime.now(dt.UTC))
     while found is not None and found.state.phase is Phase.PENDING:
-        time.sleep(TICK_SECONDS)
+        time.sleep(AFTER_ERROR_SECONDS if found.verdict and found.verdict.outcome is Outcome.ERROR else TICK_SECONDS)
         found = rollout.tick(parts, spec, dt.datetime.now(dt.UTC))
     if found is not None and found.state.current is not None:
         # The first look at a step only sets the start of what is measured: made now, the sensor's first one has something to judge.

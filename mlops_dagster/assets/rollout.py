@@ -1,20 +1,25 @@
 """Carrying out rollouts: one tick reads the ledger, judges, decides by core.rollout, records, and makes the servers equal to it."""
 
 import datetime as dt
-import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlops_dagster.assets import approvals, rollout_evidence
-from mlops_dagster.assets.lake_paths import canonical, day_key, stored_days
+from mlops_dagster.assets import approvals, revocation, rollout_evidence, rollout_measurements
 from mlops_dagster.assets.smoke import failures as smoke_failures
 from mlops_dagster.core import rollout as engine
-from mlops_dagster.core.analysis import Verdict, judge_down, judge_labels, judge_start
-from mlops_dagster.core.errors import ArtifactError, MlopsError, ServingError, StorageError, TransientError
-from mlops_dagster.core.measurements import Counters, Measurements
+from mlops_dagster.core.analysis import Verdict, judge_down, judge_start
+from mlops_dagster.core.errors import (
+    ApprovalError,
+    ArtifactError,
+    MlopsError,
+    NotFoundError,
+    ServingError,
+    StorageError,
+    TransientError,
+)
 from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
 from mlops_dagster.core.rollout_gates import Outcome
 from mlops_dagster.core.routes import BASELINE, Routes, version_of
@@ -24,7 +29,7 @@ from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.inference_segments import InferenceSegments
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.live_metrics import LiveMetrics
-from mlops_dagster.resources.registry import Registry, Version
+from mlops_dagster.resources.registry import ApprovalState, Registry, Version, approval_state
 from mlops_dagster.resources.serving import Arm, ArmState, Serving, ServingOptions
 from mlops_dagster.resources.serving import Phase as ServerPhase
 from mlops_dagster.serving import artifact
@@ -39,9 +44,13 @@ RESOURCES = {
     "registry",
     "serving",
 }
-HISTORY = dt.timedelta(minutes=15)
-"""How much of the champion's time before a rollout is looked at: an hour ago it may have answered under another load."""
-
+_UNAPPROVED = {
+    ApprovalState.NONE: "is not approved any more",
+    ApprovalState.REJECTED: "was rejected",
+    ApprovalState.VOID: "is not approved any more: its metrics, data or artifact are not those that were approved",
+}
+_KNOWN: dict[tuple[str, str], dict[str, Version]] = {}
+"""A model's versions as the registry had them last, by their number."""
 _VERIFIED: dict[Path, artifact.Stamps] = {}
 """The files of the artifacts that had the right digest; the folder's name is that digest."""
 
@@ -75,6 +84,15 @@ class Parts:
             resources.inference_segments,
         )
 
+    def versions(self, model: str) -> dict[str, Version]:
+        """The model's versions by number; while the registry is away, those that it had last: a way back must not wait for it."""
+        try:
+            _KNOWN[str(self.cache), model] = {str(v.number): v for v in self.registry.versions(model)}
+        except TransientError:
+            if (str(self.cache), model) not in _KNOWN:
+                raise
+        return _KNOWN[str(self.cache), model]
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -90,7 +108,7 @@ def policy_of(spec: ModelSpec) -> RolloutPolicy:
     """The declaration's rollout and monitoring sections as a policy."""
     return spec.rollout.policy(
         max_p99_latency_ms=spec.monitoring.max_p99_latency_ms,
-        accuracy_drop=spec.monitoring.max_accuracy_drop if spec.monitoring.max_accuracy_drop > 0 else 0.001,
+        accuracy_drop=min(max(spec.monitoring.max_accuracy_drop, 0.001), 0.999),
         sticky_salt=spec.name,
     )
 
@@ -123,14 +141,14 @@ def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Version | None:
 def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime) -> Tick:
     """Begin the rollout of an approved version; one that runs already is superseded first."""
     running = current(parts, spec.name)
-    if running is not None and not running.phase.final:
-        command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
-    elif running is not None:
+    if running is not None and running.phase.final:
         carry_out(parts, spec, running, now)  # after a crash the registry may not know the last champion yet
     champion = champion_of(parts.registry.versions(spec.name))
     state, action = engine.begin(
         rollout_id(version), spec.name, str(champion.number) if champion else None, str(version.number), policy_of(spec), now
     )
+    if running is not None and not running.phase.final:
+        command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
     return _record(parts, spec, None, state, action, None, now)
 
 
@@ -161,15 +179,13 @@ def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
     if state is None:
         return None
     if state.phase.final:
-        revoked = _revoked(parts, spec, state, now)
+        revoked = revocation.verdict(parts, spec, state, policy_of(spec), now)
         if revoked is not None:
-            return revoked
+            new, action = engine.way_back(state, policy_of(spec), now, f"labels: {'; '.join(revoked.reasons)}")
+            return _record(parts, spec, None, new, action, revoked, now)
         carry_out(parts, spec, state, now)
         return Tick(state, Action(Act.NONE, str(state.phase)), None, changed=False)
-    verdict = _unusable(parts, spec, state)
-    if verdict is None:
-        carry_out(parts, spec, state, now)
-        verdict = _verdict(parts, spec, state, now)
+    verdict = _judged(parts, spec, state, now)
     new, action = engine.advance(state, verdict, policy_of(spec), now)
     if new == state:
         return Tick(state, action, verdict, changed=False)
@@ -201,8 +217,8 @@ def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
             parts.serving.remove(spec.name)
             return
         routes, arms = Routes.all_to(state.candidate), (state.candidate,)
-    versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
-    running = [_arm(parts, spec, key, versions[version_of(key)], state) for key in dict.fromkeys((*routes.arms, *arms))]
+    versions = parts.versions(spec.name)
+    running = [_arm(parts, spec, key, versions, state) for key in dict.fromkeys((*routes.arms, *arms))]
     parts.serving.apply(spec.name, running, routes, options_of(parts, spec))
     _set_aliases(parts, spec, state, versions)
 
@@ -217,9 +233,13 @@ def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
     )
 
 
-def _arm(parts: Parts, spec: ModelSpec, key: str, version: Version, state: RolloutState) -> Arm:
+def _arm(parts: Parts, spec: ModelSpec, key: str, versions: dict[str, Version], state: RolloutState) -> Arm:
     """A version's server and its part: a champion or previous version may stand in for a dead arm, a candidate may not."""
-    part = "champion"
+    version, part = versions.get(version_of(key)), "champion"
+    if version is None:
+        raise NotFoundError(
+            f"version {version_of(key)} of {spec.name} is to serve, but is no longer in the registry; restore it there"
+        )
     if key.endswith(BASELINE):
         part = "baseline"
     elif key == state.candidate and state.phase is not Phase.PROMOTED:
@@ -259,15 +279,51 @@ def _set_aliases(parts: Parts, spec: ModelSpec, state: RolloutState, versions: d
             parts.registry.set_alias(spec.name, alias, number)
 
 
-def _unusable(parts: Parts, spec: ModelSpec, state: RolloutState) -> Verdict | None:
-    """FAIL before its server is started where the candidate's stored bytes are not those that were registered."""
-    version = next((v for v in parts.registry.versions(spec.name) if str(v.number) == state.candidate), None)
-    if state.phase is not Phase.PENDING or version is None:
-        return None
+def _judged(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Verdict:
+    """The verdict of this look. What stands in its way makes it an ERROR, but never hides harm that is proven all the same."""
+    trouble: list[str] = []
+    with _noted(trouble):
+        if (inadmissible := _inadmissible(parts, spec, state)) is not None:
+            return inadmissible
+    with _noted(trouble):
+        carry_out(parts, spec, state, now)
+    verdict = Verdict(Outcome.ERROR)
+    with _noted(trouble):
+        verdict = _verdict(parts, spec, state, now)
+    if not trouble or verdict.outcome is Outcome.FAIL or (state.strategy == engine.WAY_BACK and verdict.reasons):
+        return verdict
+    return replace(verdict, outcome=Outcome.ERROR, reasons=tuple(dict.fromkeys(trouble)))
+
+
+@contextmanager
+def _noted(trouble: list[str]) -> Iterator[None]:
     try:
-        _artifact(parts, spec, version)
-    except ArtifactError as error:
-        return Verdict(Outcome.FAIL, (str(error),))
+        yield
+    except MlopsError as error:
+        trouble.append(str(error))
+
+
+def _inadmissible(parts: Parts, spec: ModelSpec, state: RolloutState) -> Verdict | None:
+    """FAIL where the candidate may not go live (any more): it is gone, its approval does not hold, or its stored bytes changed.
+
+    Raises ApprovalError while an approval is not bound yet.
+    """
+    goes_back = state.strategy == engine.WAY_BACK  # to what served before: that needs no approval, nor the registry
+    versions = parts.versions(spec.name) if goes_back else {str(v.number): v for v in parts.registry.versions(spec.name)}
+    version = versions.get(state.candidate)
+    if version is None:
+        return Verdict(Outcome.FAIL, (f"version {state.candidate} is no longer in the registry",))
+    approval = approval_state(version)
+    if not goes_back and approval is ApprovalState.UNBOUND:
+        # Tags that somebody is setting in the registry's UI: the next look of `waiting` binds them, or says why not.
+        raise ApprovalError(f"the approval of version {state.candidate} was set by hand and is not bound to its evidence yet")
+    if not goes_back and approval is not ApprovalState.APPROVED:
+        return Verdict(Outcome.FAIL, (f"version {state.candidate} {_UNAPPROVED[approval]}",))
+    if state.phase is Phase.PENDING:
+        try:
+            _artifact(parts, spec, version)
+        except ArtifactError as error:
+            return Verdict(Outcome.FAIL, (str(error),))
     return None
 
 
@@ -285,7 +341,7 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
     step, policy = state.current, policy_of(spec)
     if failed is not None and (gone := _gone(parts, spec, state, failed, policy, now)) is not None:
         return gone
-    measurements, problem = _measured(parts, spec, state, now)
+    measurements, problem = rollout_measurements.measured(parts, spec, state, now)
     judged = engine.verdict_on(state, measurements, policy, now)
     if judged is None:
         return Verdict(Outcome.INCONCLUSIVE, ("nothing to judge",))
@@ -307,90 +363,15 @@ def _gone(
     # Deaths of an earlier rollout of the same version, whose server ran on, are not this one's.
     try:
         before = rollout_evidence.tally_of(parts, spec, state).first("deaths", arm.deaths)
-    except StorageError:  # told by `_measured`; how long the server is away counts all the same
+    except StorageError:  # told by `rollout_measurements`; how long the server is away counts all the same
         before = arm.deaths
     restarts = arm.deaths - min(arm.deaths, before)
     down = now.timestamp() - arm.down_since if arm.down_since is not None else 0.0
     return judge_down(state.candidate, down, restarts, policy)
 
 
-def _measured(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> tuple[Measurements, str | None]:
-    """The rollout's measurements with the present look added, kept on disk between ticks; and what could not be counted."""
-    file = parts.cache / spec.name / "rollouts" / f"{state.rollout_id.replace('/', '_')}.json"
-    known = Measurements.from_json(json.loads(file.read_bytes())) if file.exists() else Measurements()
-    problem = None
-    try:
-        rollout_evidence.collect(parts, spec, state, now)
-    except MlopsError as error:
-        problem = str(error)
-    if known.began is None:
-        known = replace(known, history=_history(parts, spec, state, now))
-    try:
-        reading = parts.live_metrics.totals(spec.name)
-    except TransientError as error:
-        return known, problem or (None if isinstance(error, ServingError) else str(error))
-    arms = reading.arms
-    # The first look only sets the start. What the tally has by then is all the rollout's own, so it belongs to the next tick.
-    if known.began is not None:
-        try:
-            arms = rollout_evidence.added(arms, state, rollout_evidence.tally_of(parts, spec, state))
-        except StorageError as error:  # what the gateway counted must be judged nevertheless: it may be all failures
-            problem = problem or str(error)
-            arms = rollout_evidence.unchanged(arms, known.last)
-    # A reading is as old as its last sample: its own time counts, so that the same sample is never two ticks.
-    measured = known.observe(reading.at, arms)
-    if measured != known:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(f".{os.getpid()}.tmp")
-        aside.write_bytes(canonical(measured.to_json()))
-        aside.replace(file)
-    return measured, problem
-
-
 def _described(parts: Parts, spec: ModelSpec, state: RolloutState) -> dict[str, Any]:
     try:
         return rollout_evidence.described(rollout_evidence.tally_of(parts, spec, state))
-    except StorageError:  # told by `_measured`
+    except StorageError:  # told by `rollout_measurements`
         return {}
-
-
-def _history(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Counters:
-    """What the gateway counted of the champion before the rollout; nothing where it has no metrics of that time."""
-    try:
-        return parts.live_metrics.measure(spec.name, now - HISTORY).arms.get(state.champion or "", Counters())
-    except ServingError:
-        return Counters()
-
-
-def _revoked(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Tick | None:
-    """Undo a promotion whose labels, landing later, show that the version is worse than it was when held out."""
-    if state.phase is not Phase.PROMOTED or state.champion is None or state.strategy == engine.WAY_BACK:
-        return None
-    if spec.training.task != "classification":
-        return None
-    candidate, champion = (_labels(parts.lake, spec, v) for v in (state.candidate, state.champion))
-    versions = {str(v.number): v for v in parts.registry.versions(spec.name)}
-    metrics: Any = versions[state.candidate].evidence["metrics"]
-    # Days on which both answered are the only ones on which they can be compared.
-    shared = sorted(candidate.keys() & champion.keys())
-    verdict = judge_labels(
-        [candidate[d] for d in sorted(candidate)],
-        1 - float(metrics["accuracy"]),
-        policy_of(spec),
-        [champion[d] for d in shared] if len(shared) == len(candidate) else (),
-    )
-    if verdict.outcome is not Outcome.FAIL:
-        return None
-    new, action = engine.way_back(state, policy_of(spec), now, f"labels: {'; '.join(verdict.reasons)}")
-    return _record(parts, spec, None, new, action, verdict, now)
-
-
-def _labels(lake: Lake, spec: ModelSpec, version: str) -> dict[dt.date, tuple[int, int]]:
-    """(labelled, wrong) of a version by day."""
-    found = {}
-    for day in stored_days(lake, spec, "live_performance", suffix="json")[-60:]:
-        figures = json.loads(lake.read_bytes(day_key(spec, "live_performance", day, suffix="json")))["versions"].get(version)
-        if figures:
-            rows = int(figures["rows"])
-            found[day] = (rows, min(rows, max(0, round((1 - figures["accuracy"]) * rows))))
-    return found

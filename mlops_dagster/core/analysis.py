@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from mlops_dagster.core import sequential
 from mlops_dagster.core.measurements import Measurements
 from mlops_dagster.core.rollout_gates import GATES, Arm, Finding, Look, Outcome
@@ -13,7 +15,18 @@ from mlops_dagster.core.routes import Routes, assign
 from mlops_dagster.core.sequential import Stream
 from mlops_dagster.core.strategies import RolloutPolicy, Step
 
-__all__ = ["Outcome", "Units", "Verdict", "count_units", "judge", "judge_down", "judge_labels", "judge_start"]
+__all__ = [
+    "LabelledDay",
+    "Outcome",
+    "Units",
+    "Verdict",
+    "count_units",
+    "judge",
+    "judge_down",
+    "judge_errors",
+    "judge_labels",
+    "judge_start",
+]
 
 
 @dataclass(frozen=True)
@@ -106,16 +119,58 @@ def judge_labels(
     fail_at = sequential.threshold(policy.alpha / (2 if champion else 1))
     if over >= fail_at and share > limit:
         return Verdict(Outcome.FAIL, (f"wrong predictions: {share:.2%} is over the limit of {limit:.2%}",), evidence, total)
-    if champion:
-        beside = Stream.of([n for n, _ in champion], [k for _, k in champion])
-        harm = float(sequential.evidence_of_increase(beside, stream, policy.accuracy_drop)[-1])
-        evidence |= {"champion_wrong_share": float(beside.rate) if beside.requests.any() else None, "ln_e_harm": harm}
-        if harm >= fail_at and share - float(beside.rate) >= policy.accuracy_drop / 2:
-            reason = f"wrong predictions: {share:.2%} against {float(beside.rate):.2%} of the version before, on the same days"
-            return Verdict(Outcome.FAIL, (reason,), evidence, total)
+    if (reason := _worse_than(champion, stream, policy, fail_at, evidence)) is not None:
+        return Verdict(Outcome.FAIL, (reason,), evidence, total)
     if under >= sequential.threshold(policy.beta) and total >= policy.minimum_requests:
         return Verdict(Outcome.PASS, (f"wrong predictions: {share:.2%} is proven under {limit:.2%}",), evidence, total)
     return Verdict(Outcome.INCONCLUSIVE, (f"wrong predictions: {share:.2%} of {total}, not yet decided",), evidence, total)
+
+
+@dataclass(frozen=True)
+class LabelledDay:
+    """A day's labels of one version: how many, and how many predictions were wrong; of a regression also the sum of the capped
+    absolute errors and the day's `sequential.factors_of_mean` against their limit.
+    """
+
+    labelled: int
+    wrong: int
+    error: float = 0.0
+    factors: tuple[float, ...] = ()
+
+
+def judge_errors(
+    candidate: Sequence[LabelledDay], limit: float, policy: RolloutPolicy, champion: Sequence[tuple[int, int]] = ()
+) -> Verdict:
+    """As `judge_labels`, for a regression: FAIL when the mean absolute error is proven over `limit`, or when wrong predictions
+    (farther from the label than the tolerance) are proven more than the champion's on the same days. Never PASS.
+    """
+    total = sum(day.labelled for day in candidate)
+    if not total:
+        return Verdict(Outcome.INCONCLUSIVE, ("no labels yet",), {"limit": limit})
+    mean = sum(day.error for day in candidate) / total
+    over = float(sequential.evidence_of_mean(np.array([day.factors for day in candidate]).T)[-1])
+    evidence: dict[str, Any] = {"labelled": total, "mean_absolute_error": mean, "limit": limit, "ln_e_over": over}
+    fail_at = sequential.threshold(policy.alpha / (2 if champion else 1))
+    if over >= fail_at and mean > limit:
+        return Verdict(Outcome.FAIL, (f"mean absolute error: {mean:.4g} is over the limit of {limit:.4g}",), evidence, total)
+    stream = Stream.of([day.labelled for day in candidate], [day.wrong for day in candidate])
+    if (reason := _worse_than(champion, stream, policy, fail_at, evidence)) is not None:
+        return Verdict(Outcome.FAIL, (reason,), evidence, total)
+    return Verdict(Outcome.INCONCLUSIVE, (f"mean absolute error: {mean:.4g} of {total}, not over {limit:.4g}",), evidence, total)
+
+
+def _worse_than(
+    champion: Sequence[tuple[int, int]], candidate: Stream, policy: RolloutPolicy, fail_at: float, evidence: dict[str, Any]
+) -> str | None:
+    """Why the candidate is proven, by a relevant margin, to be wrong more often than the champion on the same days, or None."""
+    if not champion:
+        return None
+    beside, share = Stream.of([n for n, _ in champion], [k for _, k in champion]), float(candidate.rate)
+    harm = float(sequential.evidence_of_increase(beside, candidate, policy.accuracy_drop)[-1])
+    evidence |= {"champion_wrong_share": float(beside.rate) if beside.requests.any() else None, "ln_e_harm": harm}
+    if harm < fail_at or share - float(beside.rate) < policy.accuracy_drop / 2:
+        return None
+    return f"wrong predictions: {share:.2%} against {float(beside.rate):.2%} of the version before, on the same days"
 
 
 @dataclass(frozen=True)

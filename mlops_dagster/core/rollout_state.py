@@ -155,7 +155,12 @@ def record(
 
 
 def state_of(entry: ledger.Entry) -> RolloutState:
-    """The rollout state that an entry brought in; raises LedgerError when it holds none."""
+    """The rollout state that an entry brought in; raises LedgerError when it holds none, or was changed after it was written."""
+    if ledger.chain_hash(entry) != entry.hash:
+        raise LedgerError(
+            f"ledger entry {entry.sequence} ({entry.kind}) of {entry.model} was changed after it was written: nothing is decided from "
+            "it, and what serves stays. Run `mlops ledger verify` and put the entry back from a backup."
+        )
     try:
         return RolloutState.from_json(entry.evidence["state"])
     except (KeyError, TypeError, ValueError) as error:

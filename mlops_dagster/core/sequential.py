@@ -36,6 +36,8 @@ Floats = NDArray[np.float64]
 _LEAST = 1e-6  # no rate is taken to be nearer to 0 or 1: one surprise then costs a finite amount
 _PRIOR_EVENTS, _PRIOR_REQUESTS = 0.5, 50.0  # the champion's rate before anything is known: 1 %, worth 50 requests
 HISTORY_REQUESTS = 2000.0
+BETS = (0.02, 0.08, 0.3)  # from means a few percent over the limit to twice it
+CAP = 20.0
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def evidence_below(stream: Stream, limit: float) -> Floats:
     return _mix(np.stack([_ratio(stream, limit * share, limit) for share in (0.05, 0.25, 0.5, 0.75)], axis=-2), late=False)
 
 
+def evidence_of_mean(factors: Floats) -> Floats:
+    """ln e after each tick against "the mean is at most the limit", from each tick's `factors_of_mean` [alternatives, ticks]."""
+    return _mix(factors, late=True)
+
+
 def evidence_of_mismatch(counts: tuple[int, int], share: float) -> float:
     """ln e against "each unit reaches the second arm with chance `share`", from how many reached each arm so far.
 
@@ -144,6 +151,21 @@ def factors_above(stream: Stream, limit: float) -> Floats:
     """ln of each tick's likelihood ratio for each alternative over `limit` (the axis before the last)."""
     rates = [limit + (1 - limit) * share for share in _spread(limit)]
     return np.stack([_ratio(stream, rate, limit) for rate in rates], axis=-2)
+
+
+def capped(values: Floats, limit: float) -> Floats:
+    """The values, none above CAP times the limit (what is not a number counts as that), so that no single one proves anything."""
+    return np.minimum(np.where(np.isnan(values), np.inf, values), CAP * limit)
+
+
+def factors_of_mean(values: Floats, limit: float) -> Floats:
+    """ln of one tick's factor for each bet, from the tick's values (none below 0, see `capped`); shape (bets,).
+
+    Of a value v >= 0 whose mean is at most the limit, 1 + b (v / limit - 1) with 0 <= b < 1 has at most 1 as its mean, whatever
+    its distribution (betting on a mean: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting",
+    JRSS B 86); a cap only lowers it.
+    """
+    return np.array([np.log1p(bet * (values / limit - 1)).sum() for bet in BETS])
 
 
 def projection(n_a: Any, n_b: Any, p_a: Any, p_b: Any, margin: float) -> Floats:

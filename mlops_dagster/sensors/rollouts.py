@@ -1,16 +1,17 @@
 """Rollouts: an approved version starts one; a running one goes on, holds, is promoted or rolled back, tick by tick."""
 
 import datetime as dt
-from typing import Any
 
 import dagster as dg
 
-from mlops_dagster.assets import jobs, rollout
+from mlops_dagster.assets import approvals, jobs, rollout
 from mlops_dagster.assets.deployment import described
 from mlops_dagster.assets.rollout import Parts, Tick
 from mlops_dagster.assets.stage import key
+from mlops_dagster.core.errors import TransientError
 from mlops_dagster.core.rollout import Phase
 from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.resources.registry import Version
 
 # Dagster's daemon looks every 5 s and counts the interval from the end of the last tick: asking for 5 gave a tick every 10 s.
 TICK_SECONDS = 1
@@ -30,19 +31,33 @@ def build(spec: ModelSpec) -> dg.SensorDefinition:
     )
     def rollouts(context: dg.SensorEvaluationContext):
         parts, now = Parts.of(context.resources), dt.datetime.now(dt.UTC)
-        version = rollout.waiting(parts, spec, now)
+        version, trouble = waiting(parts, spec, now)
         requests = [request(spec, version)] if version else []
         found = rollout.tick(parts, spec, now)
+        for message in (*trouble, *([found.action.reason] if found and found.action.alert else [])):
+            context.log.warning(message)
         if found is None and not requests:
-            return dg.SkipReason("no version is approved yet")
+            return dg.SkipReason("; ".join(["no version is approved yet", *trouble]))
         events = [event(spec, parts, found)] if found and found.changed else []
-        reason = None if requests or found is None else f"{found.state.phase}: {found.action.reason}"
-        return dg.SensorResult(run_requests=requests, asset_events=events, skip_reason=None if requests else reason)
+        reason = None if requests or found is None else "; ".join([f"{found.state.phase}: {found.action.reason}", *trouble])
+        return dg.SensorResult(run_requests=requests, asset_events=events, skip_reason=reason)
 
     return rollouts
 
 
-def request(spec: ModelSpec, version: Any) -> dg.RunRequest:
+def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> tuple[Version | None, list[str]]:
+    """The version to bring in, and what a person must know: approvals that do not count, a registry that is away.
+
+    What runs already is looked at all the same.
+    """
+    try:
+        version = rollout.waiting(parts, spec, now)
+    except TransientError as error:
+        return None, [str(error)]
+    return version, approvals.refusals(spec.name, now)
+
+
+def request(spec: ModelSpec, version: Version) -> dg.RunRequest:
     """The run that starts the rollout of an approved version."""
     by = version.approval.by if version.approval else "unknown"
     return dg.RunRequest(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlops_dagster.core.analysis import Outcome, Verdict, judge_start
 from mlops_dagster.core.errors import LedgerError, RolloutError
-from mlops_dagster.core.ledger import Entry, seal, verify
+from mlops_dagster.core.ledger import APPROVAL, Entry, NewEntry, seal, verify
 from mlops_dagster.core.rollout import (
     COMMANDS,
     Act,
@@ -331,4 +331,8 @@ def test_replay_reads_one_models_newest_rollout_only() -> None:
     entries.append(seal(record(other, newer, newer_action, PASS, T0), entries[1].receipt))
     assert replay_all(entries[2:], replay_all(entries[:2])) == replay_all(entries) == {"m": first, "n": newer}
     with pytest.raises(LedgerError, match="holds no rollout state"):
-        state_of(replace(entries[0], evidence_json="{}"))
+        state_of(seal(NewEntry(APPROVAL, "m", "2", "ada", T0, "good", {}, "key"), None))
+    promoted = entries[0].evidence_json.replace('"phase":"pending"', '"phase":"promoted"')
+    assert promoted != entries[0].evidence_json
+    with pytest.raises(LedgerError, match=r"ledger entry 1 \(rollout_started\) of m was changed after it was written"):
+        replay([replace(entries[0], evidence_json=promoted)], "m")

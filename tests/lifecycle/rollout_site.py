@@ -61,7 +61,7 @@ def add_version(parts: Parts, model: str, faults: dict[str, Any] | None = None, 
     digest = make_artifact(folder, answer, extra={"faults.json": json.dumps(faults)} if faults else None)
     sample = pa.table({"a": [1.0] * ANSWERS, "b": [2.0] * ANSWERS, "prediction": [float(answer)] * ANSWERS})
     parts.lake.write(f"{model}/trained_model/{digest}/reference_sample.parquet", sample)
-    evidence = {"metrics": {"accuracy": 0.9}, "number": number}
+    evidence = {"metrics": {"accuracy": 0.9, "mean_absolute_error": 1.0}, "number": number}
     made = parts.registry.register(model, folder, digest, evidence, {"author": "trainer"})
     return decide(parts, made) if approve else made
 
@@ -70,6 +70,12 @@ def decide(parts: Parts, version: Version, decision: Any = "approved") -> Versio
     """Approve or reject a version as a person would."""
     approval = Approval(decision, "tester", dt.datetime.now(dt.UTC), "seen")
     return approvals.decide(parts.registry, parts.ledger, version.model, version.number, approval)
+
+
+def says_late(rows: pa.Table) -> list[int | None]:
+    """A model's own metric of an A/B test (`rollout.ab_metric`): whether late was said, right or wrong; unknown without a label."""
+    pairs = zip(rows["prediction"].to_pylist(), rows["label"].to_pylist(), strict=True)
+    return [None if label is None else int(prediction == 1) for prediction, label in pairs]
 
 
 def predict_url(parts: Parts, model: str) -> str:

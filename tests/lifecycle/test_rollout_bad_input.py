@@ -3,27 +3,36 @@
 import datetime as dt
 import multiprocessing
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
+import dagster as dg
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from mlops_dagster.assets import approvals, rollout
+from mlops_dagster import cli
+from mlops_dagster.assets import approvals, approve, rollout
 from mlops_dagster.assets.deployment import until_started
 from mlops_dagster.assets.rollout import Parts
-from mlops_dagster.core.errors import ApprovalError, ArtifactError, NotFoundError, RolloutError
+from mlops_dagster.core.errors import ApprovalError, ArtifactError, LedgerError, NotFoundError, RolloutError, TransientError
 from mlops_dagster.core.ledger import APPROVAL, NewEntry
 from mlops_dagster.core.rollout import Command
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.ledger.sql import SqlLedger
-from mlops_dagster.resources.registry import Approval
-from mlops_dagster.resources.registry.mlflow_registry import DIGEST_TAG
+from mlops_dagster.resources.registry import Approval, Version, approval_is_valid
+from mlops_dagster.resources.registry.mlflow_registry import DIGEST_TAG, MlflowRegistry
 from mlops_dagster.resources.serving.embedded import EmbeddedServing
+from mlops_dagster.resources.serving.state import free_port
 from mlops_dagster.resources.tracking.mlflow_connection import connect
+from mlops_dagster.runs import failure
+from mlops_dagster.sensors.rollouts import waiting
 from tests.contracts.serving.artifacts import ROW, make_arm
 from tests.lifecycle.rollout_site import add_version, decide, parts_in, predict_url, site, spec_of
 from tests.serving.gateway_hosts import eventually, new_model, ready, serving_host
@@ -90,13 +99,58 @@ def test_an_artifact_exchanged_after_the_approval_voids_it(parts: Parts, model: 
     assert rollout.waiting(parts, spec_of(model), NOW) is None
 
 
+def stored_model(parts: Parts, made: Version) -> Path:
+    """The file of the model in MLflow's artifact store."""
+    client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
+    uri = client.get_model_version_download_uri(made.model, str(made.number))
+    return Path(uri.removeprefix("file://")) / "model.onnx"
+
+
+def by_command(parts: Parts, model: str) -> str:
+    return str(CliRunner().invoke(cli.app, ["approve", model, "1", "--by", "anna"]).exception)
+
+
+def by_job(parts: Parts, model: str) -> str:
+    resources = {"registry": parts.registry, "ledger": parts.ledger}
+    definitions = dg.Definitions(jobs=[approve.build(spec_of(model), "decide")], resources=resources)
+    config = {"ops": {f"{model}_decide": {"config": {"version": 1, "by": "anna"}}}}
+    return failure(definitions.resolve_job_def("decide").execute_in_process(run_config=config, raise_on_error=False))
+
+
+def by_tag(parts: Parts, model: str) -> str:
+    client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
+    for name, value in (("mlops.approved_by", "anna"), ("mlops.approval", "approved")):
+        client.set_model_version_tag(model, "1", name, value)
+    version, (told,) = waiting(parts, spec_of(model), NOW)
+    assert version is None
+    return told
+
+
+def test_approving_a_version_whose_stored_bytes_changed(parts: Parts, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLOPS_HOME", str(parts.cache.parent))
+    made = add_version(parts, model, approve=False)
+    file = stored_model(parts, made)
+    whole = file.read_bytes()
+    file.write_bytes(b"another model")
+    said = f"{model} version 1: its bytes have digest [0-9a-f]{{64}}, not the {made.digest} that was registered; put the"
+    for way in (by_command, by_job, by_tag):
+        assert re.search(said, way(parts, model)), way
+        assert told(parts, model) == []
+        assert not [v for v in parts.registry.versions(model) if approval_is_valid(v)]
+    file.unlink()
+    with pytest.raises(ArtifactError, match=f"{model} version 1: "):
+        decide(parts, made)
+    file.write_bytes(whole)
+    assert waiting(parts, spec_of(model), NOW)[0] is None, "the store is not read at every look"
+    found, trouble = waiting(parts, spec_of(model), NOW + approvals.LOOK_AGAIN)
+    assert (found and found.number, trouble, told(parts, model)) == (1, [], ["approval"])
+
+
 def test_bytes_that_changed_in_the_store_are_never_served(parts: Parts, live: ModelSpec) -> None:
     made = add_version(parts, live.name, {"slow_ms": 0})
-    client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
-    stored = Path(client.get_model_version_download_uri(live.name, str(made.number)).removeprefix("file://"))
-    (stored / "model.onnx").write_bytes(b"another model")
+    stored_model(parts, made).write_bytes(b"another model")
     now = dt.datetime.now(dt.UTC)
-    with pytest.raises(ArtifactError, match=f"{live.name} version 2: its bytes have digest .*build it again"):
+    with pytest.raises(ArtifactError, match=f"{live.name} version 2: its bytes have digest .*put the registered files back"):
         rollout.start(parts, live, made, now)
     assert httpx.post(predict_url(parts, live.name), json=ROW).headers["x-model-version"] == "1"
     given_up = rollout.tick(parts, live, dt.datetime.now(dt.UTC))
@@ -131,6 +185,81 @@ def test_a_rollout_of_the_champion_itself(parts: Parts, live: ModelSpec) -> None
     with pytest.raises(RolloutError, match=f"version 1 of {live.name} is the champion already: there is nothing to roll out"):
         rollout.start(parts, live, champion, dt.datetime.now(dt.UTC))
     assert told(parts, live.name) == before
+
+
+def test_a_rollout_of_the_champion_itself_leaves_the_one_that_runs_alone(parts: Parts, running: ModelSpec) -> None:
+    before = told(parts, running.name)
+    with pytest.raises(RolloutError, match="is the champion already"):
+        rollout.start(parts, running, parts.registry.versions(running.name)[0], dt.datetime.now(dt.UTC))
+    assert told(parts, running.name) == before
+
+
+@pytest.fixture
+def running(parts: Parts, live: ModelSpec) -> Iterator[ModelSpec]:
+    """The live model with another sound version in its first canary step, which lasts."""
+    spec = live.model_copy(update={"rollout": live.rollout.model_copy(update={"step_seconds": 600.0, "steps_percent": [50.0]})})
+    number = len(parts.registry.versions(spec.name)) + 1
+    rollout.start(parts, spec, add_version(parts, spec.name), dt.datetime.now(dt.UTC))
+    found = until_started(parts, spec)
+    assert found is not None
+    assert (found.candidate, str(found.phase)) == (str(number), "stepping")
+    yield spec
+    rollout.command(parts, spec, Command("abort", "tester"), dt.datetime.now(dt.UTC))
+
+
+def look(parts: Parts, spec: ModelSpec) -> rollout.Tick:
+    found = rollout.tick(parts, spec, dt.datetime.now(dt.UTC))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("voided", [False, True], ids=["rejected", "evidence_changed"])
+def test_a_version_that_is_no_longer_approved_is_rolled_back(parts: Parts, running: ModelSpec, voided: bool) -> None:
+    made = parts.registry.versions(running.name)[-1]
+    if voided:
+        client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
+        client.set_model_version_tag(running.name, str(made.number), "mlops.evidence.number", "99")
+    else:
+        decide(parts, made, "rejected")
+    found = look(parts, running)
+    why = "is not approved any more: its metrics, data or artifact" if voided else "was rejected"
+    assert (str(found.state.phase), why in found.state.reason) == ("rolled_back", True), found
+    assert found.state.routes == rollout.Routes.all_to("1")
+
+
+def test_a_registry_that_is_away_holds_what_runs_and_hinders_no_way_back(
+    parts: Parts, running: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = replace(parts, registry=MlflowRegistry(tracking_uri=f"http://127.0.0.1:{free_port()}"))
+    assert waiting(away, running, NOW)[0] is None
+    found = look(away, running)
+    assert (found.verdict and str(found.verdict.outcome), str(found.state.phase)) == ("ERROR", "stepping")
+    assert "no answer from the MLflow server" in found.action.reason or "MLflow could not do it now" in found.action.reason
+    with suppress(TransientError):  # the aliases have to wait
+        rollout.command(away, running, ROLLBACK, dt.datetime.now(dt.UTC))
+    assert eventually(lambda: parts.serving.observe(running.name).routes == rollout.Routes.all_to("1"))
+    assert str(look(parts, running).state.phase) == "rolled_back"
+
+
+def test_a_ledger_row_edited_by_hand_promotes_nothing(parts: Parts, running: ModelSpec) -> None:
+    file = parts.cache.parent / "ledger.db"
+    newest, edit = parts.ledger.entries(running.name)[-1], sqlite3.connect(file)
+    trigger = edit.execute("SELECT sql FROM sqlite_master WHERE name = 'ledger_no_update'").fetchone()[0]
+
+    def put(evidence: str) -> None:
+        edit.execute("DROP TRIGGER ledger_no_update")
+        edit.execute("UPDATE ledger_entries SET evidence = ? WHERE sequence = ?", (evidence, newest.sequence))
+        edit.execute(trigger)
+        edit.commit()
+
+    put(newest.evidence_json.replace('"phase":"stepping"', '"phase":"promoted"'))
+    with pytest.raises(LedgerError, match=f"ledger entry {newest.sequence} .* was changed after it was written"):
+        look(parts, running)
+    assert [v.number for v in parts.registry.versions(running.name) if "champion" in v.aliases] == [1]
+    put(newest.evidence_json)
+    edit.close()
+    assert str(look(parts, running).state.phase) == "stepping"
 
 
 def test_a_rollback_with_nothing_to_go_back_to(parts: Parts) -> None:

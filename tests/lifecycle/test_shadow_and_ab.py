@@ -4,6 +4,7 @@ import datetime as dt
 import itertools
 import json
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from mlops_dagster.assets.rollout import Parts, Tick
 from mlops_dagster.core.ledger import Receipt
 from mlops_dagster.core.measurements import Measurements
 from mlops_dagster.core.rollout import Phase
+from mlops_dagster.core.rollout_gates import QUANTILE_REQUESTS
 from mlops_dagster.core.routes import assign
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.sensors.rollouts import event
@@ -52,11 +54,15 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
 
 @dataclass
 class Callers:
-    """Callers who keep asking; the first feature is `value(number)`, and each has a key of its own unless `keys` says which."""
+    """Callers who keep asking; the first feature is `value(number)`, and each has a key of its own unless `keys` says which, in the
+    cookie `uid` or, where it is named, in a header.
+    """
 
     url: str
     value: Callable[[int], float]
     keys: Callable[[int], str] = "caller {}".format
+    header: str = ""
+    pause_seconds: float = 0.005
     answers: list[tuple[int, str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,11 +75,12 @@ class Callers:
             while not self.stop.is_set():
                 number = next(self.numbers)
                 row = {"id": number, "a": self.value(number), "b": 0.0}
-                headers = {"cookie": f"theme=dark; uid={self.keys(number)}"}
+                key = self.keys(number)
+                headers = {self.header: key} if self.header else {"cookie": f"theme=dark; uid={key}"}
                 got = client.post(self.url, json={"instances": [row]}, headers=headers)
                 prediction = got.json()["predictions"][0] if got.status_code == 200 else -1
                 self.answers.append((got.status_code, got.headers.get("x-model-version", ""), prediction))
-                time.sleep(0.005)
+                time.sleep(self.pause_seconds)
 
 
 @contextmanager
@@ -126,6 +133,10 @@ def running(parts: Parts, spec: ModelSpec) -> Any:
 
 def now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
+
+
+def evidence_of(tick: Tick) -> dict[str, Any]:
+    return tick.verdict.evidence if tick.verdict else {}
 
 
 def verdicts(parts: Parts, spec: ModelSpec) -> list[dict[str, Any]]:
@@ -223,6 +234,48 @@ def test_the_better_arm_of_an_ab_test_is_promoted_by_labels_that_land_later(part
     assert step.routes.sticky.name == "uid"
 
 
+def test_an_ab_test_by_header_is_decided_by_the_models_own_metric(parts: Parts) -> None:
+    own = {"ab_metric": "tests.lifecycle.rollout_site.says_late", "sticky_by": "header", "sticky_name": "x-person"}
+    spec = served(parts, "ab_test", **AB | own)
+    bring_in(parts, spec, bias=-8.0)
+    routes, person = running(parts, spec).current.routes, lambda number: f"person {number % 400}"
+    with calling(Callers(predict_url(parts, spec.name), often_wrong, person, "x-person")) as callers:
+        assert eventually(lambda: len(callers.answers) >= 1000)
+        time.sleep(parts.settle_seconds)
+        look(parts, spec)
+        monitor(parts, spec, lambda number: float(number % 4 != 2))  # the two are right equally often
+        log = callers_only(parts.inference_segments.read(spec.name, now().date())).select(["row_id", "version"]).to_pylist()
+        ended = ticks_until(parts, spec, lambda tick: False)
+    assert {row["version"] for row in log} == {"1", "2"}
+    assert [row for row in log if assign(person(int(row["row_id"])), routes) != row["version"]] == []
+    (gates,) = (v["evidence"]["gates"] for v in verdicts(parts, spec) if "metric" in v["evidence"].get("gates", {}))
+    assert (ended.phase, gates["metric"]["candidate"], gates["sample_ratio"]["misassigned"]) == (Phase.PROMOTED, 1.0, 0), (
+        ended.reason
+    )
+    assert 100 <= min(gates["sample_ratio"]["units"].values()) <= sum(gates["sample_ratio"]["units"].values()) <= 400
+
+
+def test_a_canary_knows_what_the_champion_did_before_and_fails_by_labels(parts: Parts) -> None:
+    spec = served(parts, "canary", **EASY | {"step_seconds": 600}, steps_percent=[50])
+    with calling(Callers(predict_url(parts, spec.name), often_wrong, pause_seconds=0.02)) as callers:
+        assert eventually(lambda: len(callers.answers) >= 300)
+        time.sleep(2)  # the gateway is sampled once a second
+        bring_in(parts, spec, bias=-8.0)
+        gates: list[dict[str, Any]] = []
+        ticks_until(parts, spec, lambda tick: gates.append(evidence_of(tick).get("gates", {})) or any(gates))
+        first = rollout.rollout_measurements.measured(parts, spec, running(parts, spec), now())[0].ticks[0]
+        assert eventually(lambda: sum(version == "2" for _, version, _ in callers.answers) > 150)
+        monitor(parts, spec, lambda number: float(often_wrong(number) > 0.5))  # version 2 says 1 to everything
+        ended = ticks_until(parts, spec, lambda tick: False)
+    assert first.arms["1"].requests < QUANTILE_REQUESTS, "too few to know a percentile by"
+    assert "slower_than_ms" in gates[-1]["latency"], "the champion's percentile is known from before the rollout"
+    assert (ended.phase, "wrong predictions: " in ended.reason, "proven worse" in ended.reason) == (
+        Phase.ROLLED_BACK,
+        True,
+        True,
+    ), ended
+
+
 def test_equal_arms_end_with_the_champion(parts: Parts) -> None:
     spec = served(parts, "ab_test", **AB, ab_metric="score", ab_maximum_seconds=60)
     bring_in(parts, spec, bias=-20.0, slope=40.5)
@@ -273,3 +326,19 @@ def test_a_candidate_that_keeps_dying_fails_fast_and_no_caller_notices(parts: Pa
         ended = ticks_until(parts, spec, lambda tick: False, seconds=15)
     assert (ended.phase, ended.reason) == (Phase.ROLLED_BACK, "the server of arm 2 died 2 times")
     assert {status for status, _, _ in callers.answers} == {200}
+
+
+def test_a_candidate_that_stays_down_fails(parts: Parts) -> None:
+    """Its server hangs: it neither answers nor ends, so nothing starts it again."""
+    spec = served(parts, "canary", **EASY | NEVER, steps_percent=[50], max_down_seconds=2)
+    bring_in(parts, spec, bias=-20.0)
+    arm = rollout.Arm("2", str(parts.cache), parts.registry.versions(spec.name)[-1].digest, "candidate")
+    hung = psutil.Process(pid_of(parts.serving, spec.name, arm))  # type: ignore[arg-type]
+    hung.suspend()
+    try:
+        ended = ticks_until(parts, spec, lambda tick: False, seconds=20)
+    finally:
+        hung.resume()
+    assert ended.phase is Phase.ROLLED_BACK
+    assert re.fullmatch("the server of arm 2 has been down for [0-9]+ s", ended.reason), ended.reason
+    assert ended.routes == rollout.Routes.all_to("1")

@@ -120,7 +120,8 @@ class Registry(Protocol):
         """Bind a decision to the version's present evidence and return the version.
 
         The first of two equal decisions stays. Raises ApprovalError when a rejected version is approved, when nobody is named, or when
-        the evidence is not what was registered; NotFoundError for an unknown version.
+        the evidence is not what was registered; ArtifactError when an approved version's stored bytes are not those that were
+        registered; NotFoundError for an unknown version.
         """
         ...
 

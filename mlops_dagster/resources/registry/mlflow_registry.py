@@ -95,12 +95,15 @@ class MlflowRegistry(ConfigurableResource):
         if approval.at is None:
             raise ApprovalError(f"{model} version {version}: an approval needs its time (at)")
         client = connect(self.tracking_uri)
+        if approval.decision == APPROVED:
+            self._check_stored(client, model, version)  # before the lock: a large artifact takes its time
         with exclusive(self.tracking_uri), translated(self.tracking_uri):
             found = _one(self._versions(client, model), model, version)
             identity = evidence_hash(found.digest, found.evidence)
             if _already(found, approval, identity):
                 return found
-            _may_decide(found, approval, identity)
+            if approval.decision == APPROVED:
+                _may_approve(found, identity)
             if found.approval is not None:
                 client.delete_model_version_tag(model, str(version), APPROVAL_TAG)
             for name, value in {
@@ -123,12 +126,27 @@ class MlflowRegistry(ConfigurableResource):
             to.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as scratch:
                 fresh = Path(scratch, "artifact")
-                _download(client.get_model_version_download_uri(model, str(version)), self.tracking_uri, fresh, found)
-                _check_bytes(fresh, found.digest, f"{model} version {version}")
+                self._copy_stored(client, found, fresh)
                 if to.exists():
                     os.replace(to, Path(scratch, "before"))
                 os.replace(fresh, to)
         return to
+
+    def _check_stored(self, client: Any, model: str, version: int) -> None:
+        """Raise ArtifactError unless the stored files are whole and the ones that were registered, if the version may be approved."""
+        with translated(self.tracking_uri), tempfile.TemporaryDirectory(prefix="mlops-approval-") as scratch:
+            found = _one(self._versions(client, model), model, version)
+            _may_approve(found, evidence_hash(found.digest, found.evidence))
+            self._copy_stored(client, found, Path(scratch, "artifact"))
+
+    def _copy_stored(self, client: Any, version: Version, to: Path) -> None:
+        """Copy a version's artifact from the store to the new folder `to`; ArtifactError when its bytes are not the registered ones."""
+        _download(client.get_model_version_download_uri(version.model, str(version.number)), self.tracking_uri, to, version)
+        if (actual := artifact_digest(to)) != version.digest:
+            raise ArtifactError(
+                f"{version.model} version {version.number}: its bytes have digest {actual}, not the {version.digest} that was registered; "
+                "put the registered files back, or train and register a new version"
+            )
 
     def _own_run(self, model: str, identity: str) -> str:
         """A run that only holds the artifact, for a model that was trained without tracking."""
@@ -199,9 +217,7 @@ def _already(found: Version, approval: Approval, identity: str) -> bool:
     return before is not None and before.decision == approval.decision and before.evidence_hash == identity
 
 
-def _may_decide(found: Version, approval: Approval, identity: str) -> None:
-    if approval.decision == REJECTED:
-        return
+def _may_approve(found: Version, identity: str) -> None:
     name = f"{found.model} version {found.number}"
     if found.approval is not None and found.approval.decision == REJECTED:
         raise ApprovalError(f"{name} was rejected by {found.approval.by}; train and register a new version instead")

@@ -148,6 +148,10 @@ def test_changed_bytes_are_refused(registry: MlflowRegistry, model: str, artifac
     with pytest.raises(ArtifactError, match=f"version 1: its bytes have digest .* not the {made.digest}"):
         registry.fetch(model, 1, tmp_path / "served")
     assert not (tmp_path / "served").exists()
+    with pytest.raises(ArtifactError, match=f"version 1: its bytes have digest .* not the {made.digest}"):
+        registry.record_approval(model, 1, YES)
+    assert registry.versions(model) == (made,), "nothing of the approval is left"
+    assert approval_state(registry.record_approval(model, 1, NO)) is ApprovalState.REJECTED
     with pytest.raises(ArtifactError, match="artifact_folder: its bytes have digest"):
         registry.register(model, artifact, "0" * 64, EVIDENCE, {})
 

@@ -1,0 +1,129 @@
+"""Labels that land days after a promotion undo it, for classes as for values; the version before serves again."""
+
+import datetime as dt
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mlops_dagster.assets import live_performance, rollout
+from mlops_dagster.assets.deployment import until_started
+from mlops_dagster.assets.lake_paths import canonical, day_key
+from mlops_dagster.assets.rollout import Parts, Tick
+from mlops_dagster.core.errors import TransientError
+from mlops_dagster.core.rollout import Command, Phase, RolloutState
+from mlops_dagster.core.spec import ModelSpec
+from mlops_dagster.resources.registry.mlflow_registry import MlflowRegistry
+from mlops_dagster.resources.serving.state import free_port
+from tests.lifecycle.rollout_site import add_version, site, spec_of
+from tests.serving.gateway_hosts import eventually
+
+ROWS = 400
+FIRST = dt.date(2024, 1, 1)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    with site(tmp_path_factory.mktemp("labels")) as systems:
+        yield replace(systems, label_seconds=0.0)
+
+
+def now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+def promoted(parts: Parts, spec: ModelSpec) -> RolloutState:
+    """A model whose second version (accuracy 0.9 and mean absolute error 1.0 at evaluation) was promoted by a person."""
+    for _ in range(2):
+        rollout.start(parts, spec, add_version(parts, spec.name), now())
+        until_started(parts, spec)
+    for _ in range(2):  # into the watch, and out of it
+        rollout.command(parts, spec, Command("promote", "tester"), now())
+    state = rollout.current(parts, spec.name)
+    assert state is not None
+    assert (state.phase, state.candidate) == (Phase.PROMOTED, "2")
+    return state
+
+
+def land(parts: Parts, spec: ModelSpec, number: int, version: str, harm: float) -> None:
+    """A day's log and labels, by the code of the stages; `harm` 1 is as at evaluation, 2 twice as wrong."""
+    day, random = FIRST + dt.timedelta(days=number), np.random.default_rng(number)
+    label = random.normal(100, 10, ROWS) if spec.training.task == "regression" else (random.random(ROWS) < 0.5).astype(float)
+    wrong = random.random(ROWS) < 0.1 * harm
+    said = label + random.exponential(harm, ROWS) if spec.training.task == "regression" else np.where(wrong, 1 - label, label)
+    rows = [f"{day} {row}" for row in range(ROWS)]
+    log = {"request_id": rows, "row_id": rows, "version": [version] * ROWS, "prediction": said, "shadow": [False] * ROWS}
+    score = pa.nulls(ROWS, pa.float64())
+    moment = [dt.datetime.combine(day, dt.time(1), dt.UTC)] * ROWS
+    parts.lake.write(day_key(spec, "inference_log", day), pa.table({**log, "score": score, "logged_at": moment}))
+    parts.lake.write_bytes(f"{spec.name}/raw_data/tables.json", b'["requests"]')
+    parts.lake.write(day_key(spec, "validated_data", day, "requests"), pa.table({"id": rows, "late": label}))
+    parts.lake.write(day_key(spec, "live_performance", day), live_performance.labelled_rows(spec, parts.lake, day))
+    summary = live_performance.summarize(spec, parts.lake, day, {}, now())
+    parts.lake.write_bytes(day_key(spec, "live_performance", day, suffix="json"), canonical(summary))
+
+
+def look(parts: Parts, spec: ModelSpec) -> Tick:
+    found = rollout.tick(parts, spec, now())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [("classification", "wrong predictions: "), ("regression", "mean absolute error: ")],
+)
+def test_labels_that_land_after_a_promotion_undo_it(parts: Parts, task: str, reason: str) -> None:
+    spec = spec_of(f"{task}_model", "blue_green", keep_warm_seconds=600)
+    spec = spec.model_copy(update={"training": spec.training.model_copy(update={"task": task})})
+    promoted(parts, spec)
+    for number in range(3):
+        land(parts, spec, number, "2", harm=1.0)
+        assert look(parts, spec).state.phase is Phase.PROMOTED
+    parts.lake.write_bytes(day_key(spec, "live_performance", FIRST, suffix="json"), b"{")
+    land(parts, spec, 3, "1", harm=9.0)
+    assert look(parts, spec).state.phase is Phase.PROMOTED, "another version's labels, and a damaged day, are nothing"
+    later = 0
+    for number in range(4, 14):
+        land(parts, spec, number, "2", harm=2.0)
+        seldom = rollout.tick(replace(parts, label_seconds=600.0), spec, now())
+        assert seldom is not None
+        assert not seldom.changed, "the lake was looked at a moment ago"
+        later = number
+        if look(parts, spec).changed:
+            break
+    assert later < 10, "a few days' labels are enough"
+    state = until_started(parts, spec)
+    assert state is not None
+    assert (state.phase, state.strategy, state.candidate) == (Phase.PROMOTED, "way_back", "1")
+    assert state.reason.startswith(f"labels: {reason}"), state.reason
+    assert {v.number: v.aliases for v in parts.registry.versions(spec.name)}[1] == ("champion",)
+    assert not look(parts, spec).changed, "it is undone once"
+
+
+def test_labels_that_cannot_be_read_leave_the_routes_kept(parts: Parts, tmp_path: Path) -> None:
+    spec = spec_of("unread_model", "blue_green", keep_warm_seconds=600)
+    state = promoted(parts, spec)
+    (tmp_path / "lake").write_text("a file in place of the lake")
+    away = replace(parts, lake=type(parts.lake)(root=str(tmp_path / "lake")))  # type: ignore[call-arg]
+    found = look(away, spec)
+    assert (found.changed, found.state) == (False, state)
+
+
+def test_a_promotion_is_undone_while_the_registry_is_away(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of("unregistered_model", "blue_green", keep_warm_seconds=600)
+    promoted(parts, spec)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = replace(parts, registry=MlflowRegistry(tracking_uri=f"http://127.0.0.1:{free_port()}"))
+    with suppress(TransientError):  # the aliases have to wait
+        rollout.roll_back(away, spec, Command("rollback", "tester"), now())
+    for _ in range(3):
+        with suppress(TransientError):
+            rollout.tick(away, spec, now())
+    assert eventually(lambda: parts.serving.observe(spec.name).routes == rollout.Routes.all_to("1"))
+    assert (look(parts, spec).state.phase, look(parts, spec).state.candidate) == (Phase.PROMOTED, "1")
+    assert {v.number: v.aliases for v in parts.registry.versions(spec.name)}[1] == ("champion",)
