@@ -6,6 +6,8 @@ export OMP_NUM_THREADS ?= 2
 # The certificates that the machine trusts, as pip does: a network may have its own.
 export UV_SYSTEM_CERTS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Images of Python often set it; then every process compiles all that it imports anew, a third of its time.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test check benchmark lock clean
@@ -29,7 +31,7 @@ up: setup ## Open the Dagster, MLflow and Evidently pages and the model servers
 	$(BIN)/mlops up
 
 test: setup ## Run all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup ## Ruff, pyright, import-linter, dg check, dagster definitions validate
 	$(BIN)/ruff check .

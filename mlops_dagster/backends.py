@@ -59,29 +59,37 @@ def feature_store(root: Path, lake_url: str | None, online_store: str) -> "Feast
     )
 
 
+def mlflow_address(root: Path, mlflow_url: str | None) -> str:
+    """Where MLflow keeps runs and versions: a file below `root`, or as the setting says. Raises DeclarationError."""
+    if mlflow_url is None:
+        return f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
+    return addresses.mlflow_server("MLOPS_MLFLOW_URL", mlflow_url)
+
+
 def tracking(root: Path, mlflow_url: str | None, wandb_project: str | None) -> dict[str, object]:
-    """Tracking and registry in MLflow, runs mirrored to W&B where a project is named. Raises DeclarationError."""
+    """Tracking and registry in MLflow, `mlflow` for users' own assets, runs mirrored to W&B where a project is named.
+
+    Raises DeclarationError.
+    """
     from mlops_dagster.resources.registry.mlflow_registry import MlflowRegistry
+    from mlops_dagster.resources.tracking import dagster_run
     from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
 
-    address = (
-        f"sqlite:///{root / 'mlflow' / 'mlflow.db'}"
-        if mlflow_url is None
-        else addresses.mlflow_server("MLOPS_MLFLOW_URL", mlflow_url)
-    )
+    address = mlflow_address(root, mlflow_url)
     # A server keeps the artifacts itself.
     artifacts = None if address.startswith("http") else str(root / "mlflow" / "artifacts")
     primary = MlflowTracking(tracking_uri=address, artifacts_folder=artifacts)
     registry = MlflowRegistry(tracking_uri=address, artifacts_folder=artifacts)
+    own = {dagster_run.KEY: dagster_run.DagsterRunTracking(tracking=primary)}
     if not wandb_project:
-        return {"tracking": primary, "registry": registry}
+        return {"tracking": primary, "registry": registry, **own}
     from mlops_dagster.resources.tracking.wandb_mirror import MirroredTracking, WandbMirror
 
     mode = os.environ.get("WANDB_MODE", "offline")
     if mode not in WANDB_MODES:
         raise DeclarationError(f"WANDB_MODE is {mode!r}; with MLOPS_WANDB_PROJECT use {' or '.join(WANDB_MODES)}")
     mirror = WandbMirror(folder=str(root / "wandb"), mode=mode, project=wandb_project, entity=os.environ.get("WANDB_ENTITY"))
-    return {"tracking": MirroredTracking(primary=primary, mirror=mirror), "registry": registry}
+    return {"tracking": MirroredTracking(primary=primary, mirror=mirror), "registry": registry, **own}
 
 
 def _endpoint() -> str | None:

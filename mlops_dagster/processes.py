@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlops_dagster import instance
-from mlops_dagster.core.errors import ServingError, StorageError
+from mlops_dagster import backends, instance
+from mlops_dagster.core import addresses
+from mlops_dagster.core.errors import MlopsError, ServingError, StorageError
 from mlops_dagster.declared import root_module
 
 if TYPE_CHECKING:
@@ -22,27 +23,35 @@ STOP_SECONDS = 20
 
 @dataclass(frozen=True)
 class Page:
-    """A server that is started: its name, its address and its command."""
+    """A server: its name, its address, and the command that starts it with these additions to the environment; none where it runs already."""
 
     name: str
     url: str
-    command: tuple[str, ...]
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
 
 def up(root: Path, host: str, ports: dict[str, int]) -> int:
     """Start everything, print the addresses, wait for Ctrl-C or for a process to end. Returns an exit code.
 
-    Raises ServingError naming a port that is taken, StorageError for a state folder that cannot be written.
+    Raises ServingError naming a port that is taken or an MLflow server that does not answer, StorageError for a state folder
+    that cannot be written.
     """
-    for name, port in ports.items():
+    from mlops_dagster.profiles import Settings
+
+    address = backends.mlflow_address(root, Settings().mlflow_url)
+    own = {name: port for name, port in ports.items() if name != "mlflow" or not _served(address)}
+    for name, port in own.items():
         require_free(name, host, port)
+    if _served(address):
+        require_mlflow(address)
     instance.prepare(root)
-    pages = commands(root, host, ports)
+    pages = commands(root, host, ports, address)
     serving = start_serving()
     logs = root / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        running = {page: start(page, logs) for page in pages}
+        running = {page: start(page, logs) for page in pages if page.command}
     except OSError as error:
         raise StorageError(f"{logs} cannot be written ({error.strerror}); correct its permissions or set MLOPS_HOME") from error
     try:
@@ -66,27 +75,53 @@ def require_free(name: str, host: str, port: int) -> None:
             ) from None
 
 
-def commands(root: Path, host: str, ports: dict[str, int]) -> list[Page]:
-    """The three servers with UIs."""
+def require_mlflow(address: str) -> None:
+    """Raises ServingError where MLOPS_MLFLOW_URL names a server that does not answer as MLflow."""
+    from mlops_dagster.resources.tracking.mlflow_connection import require_answer
+
+    try:
+        require_answer(address)
+    except MlopsError as error:
+        raise ServingError(
+            f"MLOPS_MLFLOW_URL is {addresses.masked(address)!r}, which cannot be used: {error}. Start that server or correct the "
+            "address; without MLOPS_MLFLOW_URL `mlops up` starts an MLflow server of its own"
+        ) from error
+
+
+def _served(mlflow_address: str) -> bool:
+    """Whether an MLflow address is a running server's, not a database that a page is to be opened on."""
+    return mlflow_address.startswith(("http://", "https://"))
+
+
+def commands(root: Path, host: str, ports: dict[str, int], mlflow_address: str) -> list[Page]:
+    """The three servers with UIs; MLflow's is not started where `mlflow_address` is a server's."""
     workspace = ["-w", "workspace.yaml"] if Path("workspace.yaml").exists() else ["-m", f"{root_module(Path.cwd())}.definitions"]
-    mlflow = root / "mlflow"
+    artifacts = str(root / "mlflow" / "artifacts")
     modules = {
         "Dagster": ["dagster", "dev", *workspace],
-        "MLflow": ["mlflow", "server", "--backend-store-uri", f"sqlite:///{mlflow / 'mlflow.db'}", "--workers", "1"],
+        "MLflow": ["mlflow", "server", "--artifacts-destination", artifacts, "--workers", "1"],
         "Evidently": ["evidently.cli", "ui", "--workspace", str(root / "reports" / "workspace")],
     }
-    modules["MLflow"] += ["--artifacts-destination", str(mlflow / "artifacts")]
+    # By the environment, for a command line shows a database's password to everybody on the machine.
+    environments = {"MLflow": (("MLFLOW_BACKEND_STORE_URI", mlflow_address),)}
     pages = []
     for name, module in modules.items():
+        if name == "MLflow" and _served(mlflow_address):
+            pages.append(Page(name, addresses.masked(mlflow_address)))
+            continue
         port = str(ports[name.lower()])
-        pages.append(Page(name, f"http://{host}:{port}", (sys.executable, "-m", *module, "--host", host, "--port", port)))
+        command = (sys.executable, "-m", *module, "--host", host, "--port", port)
+        pages.append(Page(name, f"http://{host}:{port}", command, environments.get(name, ())))
     return pages
 
 
 def start(page: Page, logs: Path) -> "subprocess.Popen[bytes]":
     """Start a server in a process group of its own, so that Ctrl-C reaches it through us alone, once."""
     with (logs / f"{page.name.lower()}.log").open("ab") as log:
-        return subprocess.Popen(page.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+        environment = {**os.environ, **dict(page.environment)}
+        return subprocess.Popen(
+            page.command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
 
 
 def start_serving() -> "EmbeddedServing":

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+import lineage_commands
 from life import MODEL, Life
 
 from mlops_dagster.replay import Replay
@@ -18,6 +19,7 @@ def main() -> None:
     try:
         life.run("ingest", "ingest", days=("2024-01-01", "2024-01-30"))
         life.run("train", "train")
+        life.run("study", "study")
         life.decide(1, "approved")
         life.run("deploy", "deploy")
         store = life.resources["feature_store"]
@@ -27,6 +29,8 @@ def main() -> None:
         life.tell("asked", online=store.online(MODEL, asked), answers=answers)
         life.tell("replayed", sent=life.monitor(Replay(life.spec, life.resources), dt.date(2024, 1, 31)))
         life.tell("stored", **stored(life))
+        if os.environ.get("COMMANDS"):
+            life.tell("commands", **lineage_commands.run(life, os.environ["COMMANDS"]))
     finally:
         life.resources["serving"].stop()
 
@@ -48,6 +52,7 @@ def stored(life: Life) -> dict:
         "broken": str(life.resources["ledger"].verify()),
         "mirrored": len([*home.glob("wandb/wandb/offline-run-*")]),
         "leaked": leaked,
+        "local_mlflow": (home / "mlflow").exists(),
     }
 
 

@@ -1,17 +1,9 @@
 """A model that cannot become ONNX, through its whole life: MLflow's own server answers on the same routes."""
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.lifecycle import parcels_csv
+from tests.lifecycle import foreign
 
-HERE = Path(__file__).parent
 TRAINING = '''"""An estimator of the project's own, for which nobody wrote a converter."""
 
 import numpy as np
@@ -50,26 +42,12 @@ def train(features, label, **parameters):
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     """What each step of `mlflow_life.py` saw."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    shutil.copytree(HERE / "own_project", folder / "project")
+    environment = foreign.make(folder)
     model = folder / "project/parcels/defs/late_parcel"
     (model / "training.py").write_text(TRAINING)
     declared = (model / "defs.yaml").read_text()
     (model / "defs.yaml").write_text(declared.replace("{train: .training.train,", "{train: .training.train, format: mlflow,"))
-    parcels_csv.write(folder / "parcels.csv")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(folder / "project"),
-        "PARCELS_CSV": str(folder / "parcels.csv"),
-        "MLOPS_HOME": str(folder / "state"),
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(folder),
-    }
-    done = subprocess.run(
-        [sys.executable, str(HERE / "mlflow_life.py")], env=environment, capture_output=True, text=True, timeout=600, cwd=HERE
-    )
-    lines = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert done.returncode == 0, f"after {[line['step'] for line in lines]}: {done.stderr[-6000:]}"
-    return {line.pop("step"): line for line in lines}
+    return foreign.steps("mlflow_life.py", environment)
 
 
 def test_the_missing_converter_is_told_with_its_remedy(seen):

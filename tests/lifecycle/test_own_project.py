@@ -1,7 +1,5 @@
 """A project elsewhere that installs this package: its own data, its own model, the whole life of it."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,36 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.lifecycle import parcels_csv
-
-HERE = Path(__file__).parent
+from tests.lifecycle import foreign
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """The project copied to a folder of its own, its CSV, and an empty state folder."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    shutil.copytree(HERE / "own_project", folder / "project")
-    parcels_csv.write(folder / "parcels.csv")
-    return {
-        **os.environ,
-        "PYTHONPATH": str(folder / "project"),
-        "PARCELS_CSV": str(folder / "parcels.csv"),
-        "MLOPS_HOME": str(folder / "state"),
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(folder),
-    }
+    return foreign.make(tmp_path_factory.mktemp("elsewhere"))
 
 
 @pytest.fixture(scope="module")
 def seen(environment) -> dict[str, dict]:
     """What each step of `life.py` saw."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "life.py")], env=environment, capture_output=True, text=True, timeout=900, cwd=HERE
-    )
-    lines = [json.loads(line.removeprefix("SEEN ")) for line in done.stdout.splitlines() if line.startswith("SEEN ")]
-    assert done.returncode == 0, f"after {[line['step'] for line in lines]}: {done.stderr[-6000:]}"
-    return {line.pop("step"): line for line in lines}
+    return foreign.steps("life.py", environment)
 
 
 def test_thirty_days_are_ingested_with_every_check_green(seen):
@@ -107,7 +88,7 @@ def test_dg_finds_nothing_wrong_and_the_component_is_listed(environment):
 
 
 def test_a_misspelt_field_is_told_with_its_line(environment, tmp_path):
-    shutil.copytree(HERE / "own_project", tmp_path / "project")
+    shutil.copytree(foreign.HERE / "own_project", tmp_path / "project")
     file = tmp_path / "project/parcels/defs/late_parcel/defs.yaml"
     file.write_text(file.read_text().replace("minimum_rows", "minimum_row"))
     dg = Path(sys.executable).parent / "dg"

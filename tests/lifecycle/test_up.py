@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from mlops_dagster import backends, processes
 from mlops_dagster.core.spec import Features, Training, Tuning
 from mlops_dagster.profiles import Settings, embedded
 
@@ -54,6 +55,38 @@ def test_all_pages_answer_and_ctrl_c_leaves_nothing_behind(environment, tmp_path
     while any(psutil.pid_exists(pid) for pid in started) and time.monotonic() < gone:
         time.sleep(0.2)
     assert [pid for pid in started if psutil.pid_exists(pid)] == []
+
+
+def test_an_mlflow_that_does_not_answer_is_told_before_anything_is_started(environment, tmp_path):
+    address = f"http://u:hunter2@127.0.0.1:{free_port()}"
+    settings = {"MLOPS_MLFLOW_URL": address, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    done = subprocess.run(
+        [MLOPS, "up"], env={**environment, **settings}, capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert f"MLOPS_MLFLOW_URL is '{address.replace('hunter2', '***')}', which cannot be used: " in done.stderr
+    assert "Connection refused" in done.stderr
+    assert "without MLOPS_MLFLOW_URL `mlops up` starts an MLflow server of its own" in done.stderr
+    assert "hunter2" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "started"),
+    [
+        (None, "sqlite:////state/mlflow/mlflow.db"),
+        ("postgresql://u:hunter2@h/runs", "postgresql://u:hunter2@h/runs"),
+        ("http://u:hunter2@h:5000", None),
+    ],
+)
+def test_the_mlflow_page_is_of_the_address_that_is_set_and_no_password_is_on_a_command_line(named, started):
+    address = backends.mlflow_address(Path("/state"), named)
+    pages = processes.commands(Path("/state"), "127.0.0.1", {"dagster": 1, "mlflow": 2, "evidently": 3}, address)
+    (page,) = (page for page in pages if page.name == "MLflow")
+    assert dict(page.environment).get("MLFLOW_BACKEND_STORE_URI") == started
+    assert (page.url, bool(page.command)) == (("http://127.0.0.1:2", True) if started else ("http://u:***@h:5000", False))
+    assert "hunter2" not in repr(pages)
 
 
 def answers(port: int) -> bool:

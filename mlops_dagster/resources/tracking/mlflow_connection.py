@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlops_dagster.core.addresses import masked
 from mlops_dagster.core.errors import DeclarationError, MlopsError, NotFoundError, StorageError, TerminalError, TransientError
 
 if TYPE_CHECKING:
@@ -93,28 +94,37 @@ def connect(tracking_uri: str) -> MlflowClient:
         return client
 
 
+def require_answer(tracking_uri: str) -> None:
+    """Raises TransientError or TerminalError where the address does not answer as an MLflow server or database."""
+    client = connect(tracking_uri)
+    with translated(tracking_uri):
+        client.search_experiments(max_results=1)
+
+
 @contextmanager
 def translated(where: str) -> Iterator[None]:
-    """Turn MLflow's, SQLite's and the disk's exceptions into this package's, with the address in the message."""
+    """Turn MLflow's, SQLite's and the disk's exceptions into this package's, with the address, less its password, in the message."""
     try:
         yield
     except MlopsError:
         raise
     except (OSError, sqlite3.Error) as error:
-        raise StorageError(f"{where}: {error}; check that its disk is mounted, writable and not full") from error
+        raise StorageError(f"{masked(where)}: {error}; check that its disk is mounted, writable and not full") from error
     except Exception as error:
-        raise _ours(error, where) from error
+        # MLflow's messages repeat the address, so the error below is not shown where there is a password in it.
+        raise _ours(error, where) from (error if masked(where) == where else None)
 
 
-def _ours(error: Exception, where: str) -> Exception:
-    kind = type(error).__module__.partition(".")[0]
+def _ours(raised: Exception, address: str) -> Exception:
+    kind, where = type(raised).__module__.partition(".")[0], masked(address)
+    error = str(raised).replace(address.rstrip("/"), where.rstrip("/"))
     if kind == "sqlalchemy":
         return StorageError(f"{where}: {error}; check that the database is reachable, writable and its disk not full")
     if kind in ("requests", "urllib3"):
         return TransientError(f"{where}: no answer from the MLflow server ({error}); start it or correct tracking_uri")
     if kind != "mlflow":
-        return error
-    code: Any = getattr(error, "error_code", "INTERNAL_ERROR")
+        return raised
+    code: Any = getattr(raised, "error_code", "INTERNAL_ERROR")
     if code in _MISSING:
         return NotFoundError(f"{where}: {error}")
     if code in _AWAY:

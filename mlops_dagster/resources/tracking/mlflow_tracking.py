@@ -60,6 +60,13 @@ class MlflowTracking(ConfigurableResource):
             client.set_terminated(ref.run_id, "FINISHED")
         return ref
 
+    def open_run(self, experiment: str, run_key: str) -> RunRef:
+        """The run of this key, made where there is none; one for all processes that ask. What is logged to it is the caller's affair."""
+        _check(run_key, {}, {})
+        client = connect(self.tracking_uri)
+        with exclusive(self.tracking_uri), translated(self.tracking_uri):
+            return _ref(self._run(client, self._experiment(client, experiment), run_key))
+
     def read_run(self, experiment: str, run_key: str) -> TrackedRun | None:
         """See Tracking.read_run."""
         _check(run_key, {}, {})

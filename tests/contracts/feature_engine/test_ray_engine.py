@@ -20,7 +20,11 @@ class TestRay(EngineContract):
 
 def test_a_cluster_that_does_not_answer_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
+    from ray.util.client import worker
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    # Of its three attempts, so that the test does not wait for half a minute.
+    monkeypatch.setattr(worker, "INITIAL_TIMEOUT_SEC", 1)
+    monkeypatch.setattr(worker, "MAX_TIMEOUT_SEC", 1)
     with pytest.raises(ServingError, match=r"Ray at .*127\.0\.0\.1:1"):
         RayEngine(address="ray://127.0.0.1:1").run("SELECT 1 AS a", tables())
