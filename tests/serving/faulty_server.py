@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops_dagster.serving import server
+from mlops_dagster.serving.http_server import Request
 
 
 def faults() -> dict[str, Any]:
@@ -25,15 +26,15 @@ class FaultyPredictor(server.Predictor):
         super().__init__(*arguments, **named)
         self._asked = 0
 
-    def __call__(self, scope: Any, proto: Any) -> None:
-        if scope.method == "POST":
+    def __call__(self, request: Request) -> None:
+        if request.method == "POST":
             self._asked += 1
             time.sleep(FAULTS.get("slow_ms", 0) / 1000)
             every = FAULTS.get("fail_every")
             if every and self._asked % every == 0:
-                proto.response_str(500, [("x-model-version", self._pages.version)], '{"error": "as asked for"}')
+                request.answer(500, [("x-model-version", self._pages.version)], b'{"error": "as asked for"}')
                 return
-        super().__call__(scope, proto)
+        super().__call__(request)
 
 
 def without_missing_repository(given: list[str]) -> list[str]:
