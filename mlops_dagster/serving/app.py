@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from mlops_dagster.core.errors import DataError, TransientError
 from mlops_dagster.serving import open_inference, protocol, tensors
 from mlops_dagster.serving.artifact import RESERVED
-from mlops_dagster.serving.http_server import Request
+from mlops_dagster.serving.http_connection import Request
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.log_rows import Event
 from mlops_dagster.serving.metrics import Metrics

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from mlops_dagster.serving import open_inference, protocol
-from mlops_dagster.serving.http_server import Request
+from mlops_dagster.serving.http_connection import Request
 from mlops_dagster.serving.inference_log import InferenceLog, LogStatus
 from mlops_dagster.serving.metrics import CONTENT_TYPE, Metrics
 from mlops_dagster.serving.scoring import Scorer

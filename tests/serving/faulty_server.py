@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlops_dagster.serving import server
-from mlops_dagster.serving.http_server import Request
+from mlops_dagster.serving.http_connection import Request
 
 
 def faults() -> dict[str, Any]:

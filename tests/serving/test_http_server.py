@@ -5,12 +5,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
 
-from mlops_dagster.serving import http_server
-from mlops_dagster.serving.http_server import Request, Server
+from mlops_dagster.serving import http_connection, http_server
+from mlops_dagster.serving.http_connection import Request
+from mlops_dagster.serving.http_server import Server
 from mlops_dagster.serving.server import bind
 
 LIMIT = 1000
@@ -75,15 +77,22 @@ def post(path: str, body: bytes, *headers: str, version: str = "1.1") -> bytes:
 
 def answers(caller: socket.socket, count: int) -> list[tuple[int, dict[str, str], bytes]]:
     """The next answers on the connection: status, headers, body."""
-    stream, found = caller.makefile("rb"), []
+    stream, found = caller.makefile("rb", 0), []
     for _ in range(count):
         status = int(stream.readline().split()[1])
         headers = {}
         while (line := stream.readline().strip()) != b"":
             name, _, value = line.decode().partition(": ")
             headers[name] = value
-        found.append((status, headers, stream.read(int(headers["content-length"]))))
+        found.append((status, headers, read(stream, int(headers["content-length"]))))
     return found
+
+
+def read(stream: Any, count: int) -> bytes:
+    content = b""
+    while len(content) < count:
+        content += stream.read(count - len(content))
+    return content
 
 
 def paths(found: list[tuple[int, dict[str, str], bytes]]) -> list[str]:
@@ -240,16 +249,137 @@ def test_a_request_that_does_not_end_is_given_up_and_one_that_is_whole_is_not(se
         assert answers(idle, 1)[0][0] == 200
 
 
-def test_callers_beyond_the_limit_are_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "MAXIMUM_CONNECTIONS", 2)
-    first, second = connect(server), connect(server)
-    with first, second:
-        first.sendall(post("/1", b""))
-        second.sendall(post("/2", b""))
-        assert [answers(c, 1)[0][0] for c in (first, second)] == [200, 200]
+def test_callers_beyond_the_limit_take_the_place_of_unused_ones_or_are_told(
+    server: Server, echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_connection, "MAXIMUM_CONNECTIONS", 2)
+    with connect(server) as oldest, connect(server) as newer:
+        for caller in (oldest, newer):
+            caller.sendall(post("/1", b""))
+            assert answers(caller, 1)[0][0] == 200
         with connect(server) as third:
-            [(status, _, body)] = answers(third, 1)
-            assert (status, "2 connections already" in json.loads(body)["error"]) == (503, True)
+            third.sendall(post("/later", b""))
+            assert closed(oldest)
+            newer.sendall(post("/later", b""))
+            while len(echo.later) < 2:
+                time.sleep(0.005)
+            with connect(server) as fourth:
+                [(status, _, body)] = answers(fourth, 1)
+                assert (status, "2 connections already" in json.loads(body)["error"]) == (503, True)
+            echo.release(2)
+            assert [answers(c, 1)[0][0] for c in (third, newer)] == [200, 200]
+
+
+def test_unused_connections_are_closed_in_time(server: Server, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "IDLE_SECONDS", 0.1)
+    with connect(server) as unused, connect(server) as waiting:
+        waiting.sendall(post("/later", b""))
+        time.sleep(0.2)
+        server.give_up_bodies(30)
+        assert closed(unused)
+        echo.release()
+        assert answers(waiting, 1)[0][0] == 200
+
+
+def test_many_requests_behind_a_slow_one_are_all_answered(caller: socket.socket, echo: Echo) -> None:
+    caller.sendall(post("/later", b"") + post("/x", b"") * 3000)
+    echo.release()
+    assert paths(answers(caller, 3001))[1:] == ["/x"] * 3000
+    caller.sendall(post("/after", b""))
+    assert paths(answers(caller, 1)) == ["/after"]
+
+
+def test_a_second_answer_to_a_request_is_dropped(caller: socket.socket, echo: Echo) -> None:
+    caller.sendall(post("/later1", b"") + post("/later2", b"") + post("/3", b""))
+    while not echo.later:
+        time.sleep(0.005)
+    first = echo.later[0]
+    echo.release()
+    echo.answer(first)
+    echo.release()
+    assert paths(answers(caller, 3)) == ["/later1", "/later2", "/3"]
+
+
+def test_answers_of_other_threads_that_nobody_reads_do_not_pile_up(caller: socket.socket, server: Server, echo: Echo) -> None:
+    content = b"z" * 200_000
+    caller.sendall(post("/later", b"") * 200)
+    for _ in range(200):
+        deadline = time.monotonic() + 0.3
+        while not echo.later and time.monotonic() < deadline:
+            time.sleep(0.002)
+        if not echo.later:
+            break
+        echo.later.pop(0).answer(200, [], content)
+    [connection] = server.connections
+    assert connection._transport.get_write_buffer_size() < 2_000_000
+    server.give_up_bodies(0)
+    deadline = time.monotonic() + 5
+    while server.connections and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not server.connections, "who does not read is cut"
+
+
+def test_a_body_that_was_broken_off_is_freed_at_once(server: Server) -> None:
+    held = []
+    for _ in range(3):
+        with connect(server) as caller:
+            caller.sendall(post("/b", b"z" * LIMIT)[:-1])
+            while not (found := list(server.connections)) or not found[0]._body:
+                time.sleep(0.005)
+            held += found
+        while server.connections:
+            time.sleep(0.005)
+    assert not any(c._body for c in held)
+    assert not any(hasattr(c, "_parser") for c in held)
+
+
+def test_what_follows_a_closing_request_is_not_looked_at(caller: socket.socket) -> None:
+    caller.sendall(post("/last", b"", "connection: close") + b"\x00 no request at all \r\n\r\n")
+    assert paths(answers(caller, 1)) == ["/last"]
+    assert closed(caller)
+
+
+def test_trailers_change_no_header_and_have_an_end(caller: socket.socket) -> None:
+    head = b"POST /c HTTP/1.1\r\nhost: x\r\nx-told: head\r\ntransfer-encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n"
+    caller.sendall(head + b"x-told: trailer\r\n\r\n")
+    assert json.loads(answers(caller, 1)[0][2])["told"] == "head"
+    caller.sendall(head)
+    time.sleep(0.1)
+    caller.sendall(b"x: " + b"a" * 100_000)
+    assert answers(caller, 1)[0][0] == 431
+
+
+def test_many_requests_in_one_read_are_not_taken_for_a_long_head(caller: socket.socket) -> None:
+    whole = post("/p", b"y" * 900) * 90
+    caller.sendall(whole + post("/last", b"")[:20])
+    assert paths(answers(caller, 90)) == ["/p"] * 90
+    caller.sendall(post("/last", b"")[20:])
+    assert paths(answers(caller, 1)) == ["/last"]
+
+
+def test_who_has_said_all_still_gets_answers(caller: socket.socket, echo: Echo) -> None:
+    caller.sendall(post("/later", b"") + post("/2", b""))
+    caller.shutdown(socket.SHUT_WR)
+    time.sleep(0.1)
+    echo.release()
+    assert paths(answers(caller, 2)) == ["/later", "/2"]
+    assert closed(caller)
+
+
+def test_a_body_waits_to_be_asked_for_until_the_answers_before_it_are_sent(caller: socket.socket, echo: Echo) -> None:
+    caller.sendall(post("/later", b"") + b"POST /e HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n")
+    echo.release()
+    assert paths(answers(caller, 1)) == ["/later"]
+    assert caller.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    caller.sendall(b"ok")
+    assert paths(answers(caller, 1)) == ["/e"]
+
+
+def test_an_offer_that_is_not_taken_up_keeps_what_else_was_asked(caller: socket.socket) -> None:
+    offer = ("upgrade: h2c", "connection: close, upgrade")
+    caller.sendall(post("/u", b"body", *offer))
+    assert answers(caller, 1)[0][1]["connection"] == "close"
+    assert closed(caller)
 
 
 def test_a_caller_that_went_away_is_forgotten(server: Server, echo: Echo) -> None:
@@ -259,7 +389,7 @@ def test_a_caller_that_went_away_is_forgotten(server: Server, echo: Echo) -> Non
             time.sleep(0.005)
     echo.release()
     assert httpx.get(f"http://127.0.0.1:{server.port}/").status_code == 200  # type: ignore[attr-defined]
-    assert not any(c._due for c in server.connections)
+    assert all(c.idle for c in server.connections)
 
 
 def test_stopping_answers_what_is_in_flight_and_cuts_what_never_ends(server: Server, echo: Echo) -> None:
