@@ -78,12 +78,20 @@ class SegmentWriter:
     def write(self, table: pa.Table) -> None:
         """Store all rows of `table`, a segment for each day; raises OSError or ArrowException when the disk refuses.
 
-        After an error, the same table may be written again: rows that had arrived are then there twice, and read once.
+        After an error nothing of it is there, so that trying again and again does not fill the disk with one of two days.
         """
         moments = table["event_timestamp"].cast(pa.int64()).to_numpy()
-        for day, rows in local_days(moments, self._zone):
-            part = table if len(rows) == table.num_rows else table.take(pa.array(rows))
-            self._levels.setdefault((day, 0), []).append(self._put(day, part))
+        stored: list[tuple[str, Path]] = []
+        try:
+            for day, rows in local_days(moments, self._zone):
+                part = table if len(rows) == table.num_rows else table.take(pa.array(rows))
+                stored.append((day, self._put(day, part)))
+        except BaseException:
+            for _, path in stored:
+                path.unlink(missing_ok=True)
+            raise
+        for day, path in stored:
+            self._levels.setdefault((day, 0), []).append(path)
 
     def merge(self) -> None:
         """Merge segments that have become many; raises OSError or ArrowException, and then all segments are still there."""

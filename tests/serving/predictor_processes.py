@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pandas as pd
+import psutil
 
 from mlops_dagster.serving.artifact import Signature
 
@@ -36,6 +37,18 @@ class Model:
 
     def columns(self, count: int) -> pd.DataFrame:
         return self.rows.head(count)
+
+
+def children(pid: int, module: str) -> list[psutil.Process]:
+    """The living processes that the predictor `pid` has started to run `module` of its package."""
+
+    def runs(child: psutil.Process) -> bool:
+        try:
+            return f"mlops_dagster.serving.{module}" in child.cmdline()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            return False
+
+    return [c for c in psutil.Process(pid).children() if runs(c)]
 
 
 @dataclass

@@ -7,6 +7,7 @@ import re
 import threading
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import httpx
 import numpy as np
@@ -18,7 +19,7 @@ from predictor_processes import Model, Process, Starter, wait_until
 from mlops_dagster.core.errors import StorageError
 from mlops_dagster.serving.inference_log import CHUNK_EVENTS
 from mlops_dagster.serving.log_losses import read_losses
-from mlops_dagster.serving.segments import days, read_segments
+from mlops_dagster.serving.segments import TIME, SegmentWriter, days, read_segments, schema
 
 TODAY = dt.datetime.now(dt.UTC).date()
 
@@ -272,3 +273,22 @@ def test_segments_are_ordinary_parquet(start: Starter, number_model: Model, tmp_
     assert path.name.startswith(f"7-{process.popen.pid}-")
     found = pq.read_table(path, partitioning=None)
     assert json.loads(json.dumps(found.column_names))[:4] == ["request_id", "row_id", "logged_at", "event_timestamp"]
+
+
+def test_of_rows_of_two_days_none_is_stored_while_one_day_refuses(tmp_path: Path) -> None:
+    moments = [dt.datetime(2026, 1, day, 12, tzinfo=dt.UTC) for day in (1, 2)]
+    empty = schema().empty_table()
+    columns = {f.name: pa.nulls(2, f.type) for f in empty.schema}
+    table = pa.table(
+        {**columns, "event_timestamp": pa.array(moments, TIME), "logged_at": pa.array(moments, TIME)}, schema=empty.schema
+    )
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "day=2026-01-02").write_text("a file where a folder is needed")
+    writer = SegmentWriter(tmp_path, "m", "1-1-", ZoneInfo("UTC"))
+    for _ in range(3):
+        with pytest.raises(OSError, match="day=2026-01-02"):
+            writer.write(table)
+    assert not list(tmp_path.glob("m/day=2026-01-01/*"))
+    (tmp_path / "m" / "day=2026-01-02").unlink()
+    writer.write(table)
+    assert [pq.read_metadata(p).num_rows for p in tmp_path.glob("m/day=*/*.parquet")] == [1, 1]

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from predictor_processes import ROOT, Model, Process, Starter, command, launch, wait_until
+from predictor_processes import ROOT, Model, Process, Starter, children, command, launch, wait_until
 
 from mlops_dagster.serving.log_losses import DRAIN_SECONDS, notice_losses, read_losses
 from mlops_dagster.serving.log_rows import OPEN, frame
 from mlops_dagster.serving.segments import days, read_segments
 
 TODAY = dt.datetime.now(dt.UTC).date()
-WRITER = "mlops_dagster.serving.log_writer"
 
 
 def alive(pid: int) -> bool:
@@ -31,9 +30,7 @@ def alive(pid: int) -> bool:
 
 
 def writers(predictor: int) -> list[int]:
-    """The writers that the predictor has started and that live."""
-    children = [int(c) for t in Path(f"/proc/{predictor}/task").iterdir() for c in (t / "children").read_text().split()]
-    return [c for c in children if alive(c) and WRITER in Path(f"/proc/{c}/cmdline").read_text().split("\0")]
+    return [c.pid for c in children(predictor, "log_writer")]
 
 
 def writer_of(process: Process) -> int:
@@ -220,7 +217,7 @@ def test_a_writer_whose_predictor_never_spoke_or_left_no_counters_ends(tmp_path:
     said = frame(OPEN, 0, b'{"root": "r", "counters": "gone", "signature": "", "model": "m", "version": "1", "arm": "a", '
                  b'"zone": "UTC", "stem": "s", "generation": 1}')  # fmt: skip
     ended = subprocess.run(
-        [sys.executable, "-m", WRITER],
+        [sys.executable, "-m", "mlops_dagster.serving.log_writer"],
         cwd=ROOT,
         input=said if opened else said[:30],
         capture_output=True,

@@ -24,7 +24,7 @@ import psutil
 import pytest
 from gateway_hosts import eventually, pid_of, predict_url, ready, serving_host
 from odd_estimators import FAILS_AT, WAITS_AT, Far, Votes
-from predictor_processes import Model, Process, Starter, command, launch, wait_until
+from predictor_processes import Model, Process, Starter, children, command, launch, wait_until
 from test_server_process import listening, run
 
 from mlops_dagster.core.errors import ArtifactError, DeclarationError
@@ -87,8 +87,8 @@ def ask(process: Process, instances: list, **headers: str) -> httpx.Response:
     return httpx.post(f"{process.url}/v1/models/m:predict", json={"instances": instances}, headers=headers, timeout=30)
 
 
-def child_of(process: Process) -> psutil.Process:
-    (child,) = psutil.Process(process.popen.pid).children(recursive=True)
+def child_of(pid: int) -> psutil.Process:
+    (child,) = children(pid, "mlflow_child")
     return child
 
 
@@ -324,19 +324,19 @@ def test_an_estimator_that_cannot_be_stored_is_named(votes_model: Model, tmp_pat
 def test_the_process_ends_with_its_server_and_the_server_with_it(start: Starter, votes_model: Model, tmp_path: Path) -> None:
     process = start(votes_model, "--log-root", str(tmp_path))
     assert ask(process, votes_model.instances(3)).status_code == 200
-    child_of(process).kill()
+    child_of(process.popen.pid).kill()
     assert process.popen.wait(10) == 6
     assert "MLflow's server ended by itself" in process.text()
     assert sum(read_segments(tmp_path, "m", day).num_rows for day in days(tmp_path, "m")) == 3
     process = start(votes_model)
-    child = child_of(process)
+    child = child_of(process.popen.pid)
     process.kill()
     wait_until(lambda: gone(child))
 
 
 def test_a_request_in_flight_when_it_stops_is_answered(start: Starter, votes_model: Model) -> None:
     process = start(votes_model)
-    child = child_of(process)
+    child = child_of(process.popen.pid)
     slow = [{**votes_model.instances(1)[0], "distance": WAITS_AT}]
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(ask, process, slow)
@@ -351,8 +351,8 @@ def test_a_request_in_flight_when_it_stops_is_answered(start: Starter, votes_mod
 def test_a_stop_while_it_starts_leaves_nothing(votes_model: Model, tmp_path: Path) -> None:
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command(votes_model), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        wait_until(lambda: bool(psutil.Process(process.pid).children()), 30)
-        (child,) = psutil.Process(process.pid).children()
+        wait_until(lambda: bool(children(process.pid, "mlflow_child")), 30)
+        child = child_of(process.pid)
         assert list(tmp_path.glob("mlops-mlflow-*"))
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
@@ -371,10 +371,10 @@ def test_callers_of_the_gateway_are_served_again_after_its_end(votes_model: Mode
 
         assert answered()
         first = pid_of(serving, "m", arm)
-        psutil.Process(first).children()[0].kill()
+        child_of(first).kill()
         assert eventually(lambda: pid_of(serving, "m", arm) != first)
         assert eventually(answered, 60)
-        (child,) = psutil.Process(pid_of(serving, "m", arm)).children()
+        child = child_of(pid_of(serving, "m", arm))
     assert not child.is_running()
 
 
