@@ -86,7 +86,7 @@ def view_matches(
         hand_back_freed_memory()
         for plan, (source, rows) in zip(group, matched, strict=True):
             yield plan, source, rows
-            hand_back_freed_memory()
+        hand_back_freed_memory()
 
 
 def hand_back_freed_memory() -> None:
