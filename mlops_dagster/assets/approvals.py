@@ -4,10 +4,10 @@ import datetime as dt
 import logging
 from typing import Any
 
-from mlops_dagster.core.errors import ApprovalError, ArtifactError, NotFoundError
-from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry
+from mlops_dagster.core.errors import ApprovalError, ArtifactError, NotFoundError, StorageError
+from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry, chain_hash
 from mlops_dagster.resources.ledger import Ledger
-from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state
+from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state, evidence_hash
 
 LOOK_AGAIN = dt.timedelta(minutes=1)
 """How long the refusal of an approval set in the registry stands before its reason, the stored bytes among others, is looked at again."""
@@ -30,8 +30,9 @@ def find(registry: Registry, model: str, number: int) -> Version:
 def decide(registry: Registry, ledger: Ledger, model: str, number: int, approval: Approval) -> Version:
     """Record a person's decision about a version; a repeated one changes nothing.
 
-    Raises NotFoundError, ApprovalError where the decision is not allowed (already rejected, four eyes, changed evidence), or
-    ArtifactError where an approved version's stored bytes are not those that were registered.
+    Raises NotFoundError, ApprovalError where the decision is not allowed (already rejected, four eyes, changed evidence),
+    ArtifactError where an approved version's stored bytes are not those that were registered, or StorageError where they cannot
+    be read now.
     """
     version = find(registry, model, number)
     author = version.tags.get("author")
@@ -63,6 +64,21 @@ def record(ledger: Ledger, version: Version) -> None:
             key=f"{version.model}:{version.number}:{kind}:{approval.evidence_hash}",
         )
     )
+
+
+def recorded(ledger: Ledger, model: str) -> dict[str, Version]:
+    """The versions that were approved, by number, with the digest and evidence that their entries have: what is left of a version
+    that the registry lost or cannot tell of. An entry that was changed after it was written counts for nothing.
+    """
+    found = {}
+    for entry in ledger.entries(model, APPROVAL):
+        if chain_hash(entry) != entry.hash:
+            continue
+        evidence = entry.evidence
+        bound, digest = evidence.pop("evidence_hash", None), evidence.pop("artifact", "")
+        if evidence_hash(digest, evidence) == bound:
+            found[entry.subject] = Version(model, int(entry.subject), digest, evidence, bound, entry.time, url_path="")
+    return found
 
 
 def adopt(registry: Registry, ledger: Ledger, model: str, now: dt.datetime) -> list[Version]:
@@ -97,7 +113,7 @@ def _bound(registry: Registry, ledger: Ledger, version: Version, now: dt.datetim
     by = version.approval.by or "registry UI"
     try:
         decided = decide(registry, ledger, version.model, version.number, Approval("approved", by, now, version.approval.reason))
-    except (ApprovalError, ArtifactError) as error:
+    except (ApprovalError, ArtifactError, StorageError) as error:
         why = f"the approval of version {version.number} set in the registry does not count: {error}"
         _log.warning(why)
         _REFUSED[key] = (now + LOOK_AGAIN, why)

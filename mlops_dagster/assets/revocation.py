@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlops_dagster.assets import rollout_versions
+from mlops_dagster.assets.rollout_evidence import LABEL_DAYS
 from mlops_dagster.core import sequential
 from mlops_dagster.core.analysis import LabelledDay, Verdict, judge_errors, judge_labels
 from mlops_dagster.core.answers import right
@@ -18,7 +20,6 @@ from mlops_dagster.core.strategies import RolloutPolicy
 if TYPE_CHECKING:
     from mlops_dagster.assets.rollout import Parts
 
-DAYS = 60
 Labels = dict[str, LabelledDay]
 
 _log = logging.getLogger(__name__)
@@ -50,17 +51,20 @@ def verdict(parts: "Parts", spec: ModelSpec, state: RolloutState, policy: Rollou
     try:
         expected = _held_out(parts, spec, state.candidate)
         found = None if expected is None else _judged(parts, spec, state, policy, _SEEN[name], expected)
-    except MlopsError as error:  # the lake or the registry is away: routes must be kept all the same
+    except MlopsError as error:  # the lake is away: routes must be kept all the same
         _log.warning("labels of %s could not be looked at: %s", spec.name, error)
         return None
     return found if found is not None and found.outcome is Outcome.FAIL else None
 
 
 def _held_out(parts: "Parts", spec: ModelSpec, version: str) -> float | None:
-    """The version's primary metric at evaluation: accuracy, or mean absolute error."""
+    """The version's primary metric at evaluation: accuracy, or mean absolute error.
+
+    Of the evidence that was approved, by the ledger: what the registry says meanwhile of the version, and whether it can be asked,
+    changes nothing in what was promised of it. Raises NotFoundError where the ledger has no such approval.
+    """
     metric = "accuracy" if spec.training.task == "classification" else "mean_absolute_error"
-    known = (v.evidence.get("metrics") for v in parts.registry.versions(spec.name) if str(v.number) == version)
-    metrics: Any = next(known, None)
+    metrics: Any = rollout_versions.one(parts, spec.name, version, among={}).evidence.get("metrics")
     value = metrics.get(metric) if isinstance(metrics, dict) else None
     return None if value is None else float(value)
 
@@ -86,7 +90,7 @@ def _days(parts: "Parts", spec: ModelSpec, state: RolloutState, seen: _Seen, lim
     prefix = f"{spec.name}/live_performance/"
     stamps = parts.lake.stamps(prefix)
     found = []
-    for key in sorted(k for k in stamps if k.endswith(".json"))[-DAYS:]:
+    for key in sorted(k for k in stamps if k.endswith(".json"))[-LABEL_DAYS:]:
         stamp = (stamps[key], stamps.get(key.removesuffix("json") + "parquet", ""))
         known, labels = seen.days.get(key, ((), {}))
         if known != stamp:

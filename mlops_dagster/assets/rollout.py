@@ -1,25 +1,18 @@
 """Carrying out rollouts: one tick reads the ledger, judges, decides by core.rollout, records, and makes the servers equal to it."""
 
 import datetime as dt
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlops_dagster.assets import approvals, revocation, rollout_evidence, rollout_measurements
+from mlops_dagster.assets import approvals, revocation, rollout_evidence, rollout_measurements, rollout_versions
 from mlops_dagster.assets.smoke import failures as smoke_failures
 from mlops_dagster.core import rollout as engine
 from mlops_dagster.core.analysis import Verdict, judge_down, judge_start
-from mlops_dagster.core.errors import (
-    ApprovalError,
-    ArtifactError,
-    MlopsError,
-    NotFoundError,
-    ServingError,
-    StorageError,
-    TransientError,
-)
+from mlops_dagster.core.errors import MlopsError, ServingError, StorageError
 from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
 from mlops_dagster.core.rollout_gates import Outcome
 from mlops_dagster.core.routes import BASELINE, Routes, version_of
@@ -29,10 +22,9 @@ from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.inference_segments import InferenceSegments
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.live_metrics import LiveMetrics
-from mlops_dagster.resources.registry import ApprovalState, Registry, Version, approval_state
+from mlops_dagster.resources.registry import Registry, Version
 from mlops_dagster.resources.serving import Arm, ArmState, Serving, ServingOptions
 from mlops_dagster.resources.serving import Phase as ServerPhase
-from mlops_dagster.serving import artifact
 
 RESOURCES = {
     "artifact_cache",
@@ -44,15 +36,10 @@ RESOURCES = {
     "registry",
     "serving",
 }
-_UNAPPROVED = {
-    ApprovalState.NONE: "is not approved any more",
-    ApprovalState.REJECTED: "was rejected",
-    ApprovalState.VOID: "is not approved any more: its metrics, data or artifact are not those that were approved",
-}
-_KNOWN: dict[tuple[str, str], dict[str, Version]] = {}
-"""A model's versions as the registry had them last, by their number."""
-_VERIFIED: dict[Path, artifact.Stamps] = {}
-"""The files of the artifacts that had the right digest; the folder's name is that digest."""
+_JUDGED_COMMANDS = ("promote", "resume")
+"""Commands that bring the candidate to more callers."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,23 +72,23 @@ class Parts:
         )
 
     def versions(self, model: str) -> dict[str, Version]:
-        """The model's versions by number; while the registry is away, those that it had last: a way back must not wait for it."""
-        try:
-            _KNOWN[str(self.cache), model] = {str(v.number): v for v in self.registry.versions(model)}
-        except TransientError:
-            if (str(self.cache), model) not in _KNOWN:
-                raise
-        return _KNOWN[str(self.cache), model]
+        """See `rollout_versions.known`."""
+        return rollout_versions.known(self, model)
+
+    def version(self, model: str, number: str) -> Version:
+        """See `rollout_versions.one`."""
+        return rollout_versions.one(self, model, number, self.versions(model))
 
 
 @dataclass(frozen=True)
 class Tick:
-    """What one look found and did; `changed` when the ledger has a new entry of it."""
+    """What one look found and did; `changed` when the ledger has a new entry of it, `trouble` what kept it from being carried out."""
 
     state: RolloutState
     action: Action
     verdict: Verdict | None
     changed: bool
+    trouble: str = ""
 
 
 def policy_of(spec: ModelSpec) -> RolloutPolicy:
@@ -123,17 +110,19 @@ def current(parts: Parts, model: str) -> RolloutState | None:
     return engine.replay(parts.ledger.entries(model), model)
 
 
-def champion_of(versions: Iterable[Version]) -> Version | None:
-    """The version that the registry calls champion."""
-    return next((v for v in versions if "champion" in v.aliases), None)
+def champion_of(state: RolloutState | None) -> str | None:
+    """The version that serves, by the ledger: the registry may not know it yet, or not any more."""
+    if state is None:
+        return None
+    return state.candidate if state.phase is Phase.PROMOTED else state.champion
 
 
 def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Version | None:
     """The newest approved version that is newer than the champion and was not rolled out yet."""
     valid = approvals.adopt(parts.registry, parts.ledger, spec.name, now)
-    champion = champion_of(parts.registry.versions(spec.name))
+    champion = champion_of(current(parts, spec.name))
     newest = valid[-1] if valid else None
-    if newest is None or (champion is not None and newest.number <= champion.number):
+    if newest is None or (champion is not None and newest.number <= int(champion)):
         return None
     return None if parts.ledger.find(f"rollout/{rollout_id(newest)}/0") else newest
 
@@ -141,22 +130,26 @@ def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Version | None:
 def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime) -> Tick:
     """Begin the rollout of an approved version; one that runs already is superseded first."""
     running = current(parts, spec.name)
-    if running is not None and running.phase.final:
-        carry_out(parts, spec, running, now)  # after a crash the registry may not know the last champion yet
-    champion = champion_of(parts.registry.versions(spec.name))
-    state, action = engine.begin(
-        rollout_id(version), spec.name, str(champion.number) if champion else None, str(version.number), policy_of(spec), now
-    )
+    champion = champion_of(running)
+    state, action = engine.begin(rollout_id(version), spec.name, champion, str(version.number), policy_of(spec), now)
     if running is not None and not running.phase.final:
         command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
     return _record(parts, spec, None, state, action, None, now)
 
 
 def command(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) -> Tick | None:
-    """Apply a person's command to the running rollout; None without one. A refused command says why in the action."""
+    """Apply a person's command to the running rollout; None without one. A refused command says why in the action.
+
+    A version that may not go live is neither promoted nor resumed: raises MlopsError where the registry cannot be asked that.
+    """
     state = current(parts, spec.name)
     if state is None:
         return None
+    if wanted.name in _JUDGED_COMMANDS and engine.refusal(state, wanted) is None:
+        inadmissible = rollout_versions.inadmissible(parts, spec, state)
+        if inadmissible is not None:
+            why = f"{wanted.name} is refused: {'; '.join(inadmissible.reasons)}"
+            return Tick(state, Action(Act.NONE, why, refused=True), inadmissible, changed=False)
     new, action = engine.advance(state, wanted, policy_of(spec), now)
     return _record(parts, spec, state, new, action, wanted, now)
 
@@ -174,7 +167,10 @@ def roll_back(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) 
 
 
 def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
-    """One look at the running rollout: judge, decide, record, carry out; also repairs what a crash left half done."""
+    """One look at the running rollout: judge, decide, record, carry out; also repairs what a crash left half done.
+
+    Raises MlopsError where what was decided earlier cannot be carried out; a decision of this look is told in any case.
+    """
     state = current(parts, spec.name)
     if state is None:
         return None
@@ -182,14 +178,20 @@ def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
         revoked = revocation.verdict(parts, spec, state, policy_of(spec), now)
         if revoked is not None:
             new, action = engine.way_back(state, policy_of(spec), now, f"labels: {'; '.join(revoked.reasons)}")
-            return _record(parts, spec, None, new, action, revoked, now)
+            return _looked(parts, spec, _decided(parts, None, new, action, revoked, now), now)
         carry_out(parts, spec, state, now)
         return Tick(state, Action(Act.NONE, str(state.phase)), None, changed=False)
     verdict = _judged(parts, spec, state, now)
     new, action = engine.advance(state, verdict, policy_of(spec), now)
-    if new == state:
-        return Tick(state, action, verdict, changed=False)
-    return _record(parts, spec, state, new, action, verdict, now)
+    return _looked(parts, spec, _decided(parts, state, new, action, verdict, now), now)
+
+
+def _looked(parts: Parts, spec: ModelSpec, found: Tick, now: dt.datetime) -> Tick:
+    trouble: list[str] = []
+    if found.changed:
+        with _noted(trouble):
+            carry_out(parts, spec, found.state, now)
+    return replace(found, trouble="; ".join(trouble))
 
 
 def _record(
@@ -202,15 +204,27 @@ def _record(
     now: dt.datetime,
 ) -> Tick:
     """First the ledger, then the world: what the ledger says is done now or by the next tick."""
+    found = _decided(parts, old, new, action, signal, now)
+    if found.changed:
+        carry_out(parts, spec, found.state, now)
+    return found
+
+
+def _decided(
+    parts: Parts, old: RolloutState | None, new: RolloutState, action: Action, signal: Verdict | Command | None, now: dt.datetime
+) -> Tick:
+    verdict = signal if isinstance(signal, Verdict) else None
     if new == old:
-        return Tick(new, action, signal if isinstance(signal, Verdict) else None, changed=False)
+        return Tick(new, action, verdict, changed=False)
     told = engine.state_of(parts.ledger.append(engine.record(old, new, action, signal, now)))
-    carry_out(parts, spec, told, now)
-    return Tick(told, action, signal if isinstance(signal, Verdict) else None, changed=True)
+    return Tick(told, action, verdict, changed=True)
 
 
 def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> None:
-    """Make servers, routes and aliases equal to the state; every part of it is safe to repeat."""
+    """Make servers, routes and aliases equal to the state; every part of it is safe to repeat.
+
+    Aliases that cannot be set now are left to the next look: they only show in the registry what the ledger says.
+    """
     routes, arms = engine.desired(state, now)
     if routes is None:
         if state.phase.final:
@@ -220,7 +234,10 @@ def carry_out(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.dateti
     versions = parts.versions(spec.name)
     running = [_arm(parts, spec, key, versions, state) for key in dict.fromkeys((*routes.arms, *arms))]
     parts.serving.apply(spec.name, running, routes, options_of(parts, spec))
-    _set_aliases(parts, spec, state, versions)
+    try:
+        _set_aliases(parts, spec, state, versions)
+    except MlopsError as error:
+        _log.warning("the registry's aliases of %s could not be set and wait for the next look: %s", spec.name, error)
 
 
 def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
@@ -235,62 +252,44 @@ def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
 
 def _arm(parts: Parts, spec: ModelSpec, key: str, versions: dict[str, Version], state: RolloutState) -> Arm:
     """A version's server and its part: a champion or previous version may stand in for a dead arm, a candidate may not."""
-    version, part = versions.get(version_of(key)), "champion"
-    if version is None:
-        raise NotFoundError(
-            f"version {version_of(key)} of {spec.name} is to serve, but is no longer in the registry; restore it there"
-        )
+    version, part = rollout_versions.one(parts, spec.name, version_of(key), versions), "champion"
     if key.endswith(BASELINE):
         part = "baseline"
     elif key == state.candidate and state.phase is not Phase.PROMOTED:
         part = "candidate"
     elif key != state.candidate and state.phase is Phase.PROMOTED:
         part = "previous"
-    return Arm(str(version.number), str(_artifact(parts, spec, version)), version.digest, part)
-
-
-def _artifact(parts: Parts, spec: ModelSpec, version: Version) -> Path:
-    """The version's artifact on this machine, fetched once; its files are hashed once a process, and again when they change.
-
-    The predictor compares the bytes that it loads with the digest itself.
-    """
-    folder = parts.cache / spec.name / version.digest
-    if folder.is_dir():
-        found = artifact.stamps(folder)  # before the bytes, so that a change in between is seen next time
-        if _VERIFIED.get(folder) == found:
-            return folder
-        if artifact.digest(folder) == version.digest:
-            _VERIFIED[folder] = found
-            return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return parts.registry.fetch(spec.name, version.number, folder)
+    return Arm(str(version.number), str(rollout_versions.artifact_of(parts, spec, version)), version.digest, part)
 
 
 def _set_aliases(parts: Parts, spec: ModelSpec, state: RolloutState, versions: dict[str, Version]) -> None:
-    promoted = state.phase is Phase.PROMOTED
-    wanted: dict[str, int | None] = {"challenger": None if state.phase.final else int(state.candidate)}
-    if promoted:
-        wanted |= {"champion": int(state.candidate), "previous": int(state.champion) if state.champion else None}
-        if "candidate" in versions[state.candidate].aliases:
+    """Make the aliases of the versions that the registry still has those of the state."""
+    held = {alias: number for number, version in versions.items() for alias in version.aliases}
+    wanted = {"challenger": None if state.phase.final else state.candidate}
+    if (champion := champion_of(state)) is not None:
+        wanted["champion"] = champion
+    if state.phase is Phase.PROMOTED:
+        wanted["previous"] = state.champion
+        if held.get("candidate") == state.candidate:
             wanted["candidate"] = None
-    held = {alias: v.number for v in versions.values() for alias in v.aliases}
     for alias, number in wanted.items():
-        if held.get(alias) != number:
-            parts.registry.set_alias(spec.name, alias, number)
+        if held.get(alias) != number and (number is None or number in versions):
+            parts.registry.set_alias(spec.name, alias, int(number) if number else None)
 
 
 def _judged(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Verdict:
     """The verdict of this look. What stands in its way makes it an ERROR, but never hides harm that is proven all the same."""
     trouble: list[str] = []
     with _noted(trouble):
-        if (inadmissible := _inadmissible(parts, spec, state)) is not None:
+        if (inadmissible := rollout_versions.inadmissible(parts, spec, state)) is not None:
             return inadmissible
     with _noted(trouble):
         carry_out(parts, spec, state, now)
     verdict = Verdict(Outcome.ERROR)
     with _noted(trouble):
         verdict = _verdict(parts, spec, state, now)
-    if not trouble or verdict.outcome is Outcome.FAIL or (state.strategy == engine.WAY_BACK and verdict.reasons):
+    goes_back = state.strategy == engine.WAY_BACK and verdict.outcome is Outcome.PASS
+    if not trouble or verdict.outcome is Outcome.FAIL or goes_back:
         return verdict
     return replace(verdict, outcome=Outcome.ERROR, reasons=tuple(dict.fromkeys(trouble)))
 
@@ -301,30 +300,6 @@ def _noted(trouble: list[str]) -> Iterator[None]:
         yield
     except MlopsError as error:
         trouble.append(str(error))
-
-
-def _inadmissible(parts: Parts, spec: ModelSpec, state: RolloutState) -> Verdict | None:
-    """FAIL where the candidate may not go live (any more): it is gone, its approval does not hold, or its stored bytes changed.
-
-    Raises ApprovalError while an approval is not bound yet.
-    """
-    goes_back = state.strategy == engine.WAY_BACK  # to what served before: that needs no approval, nor the registry
-    versions = parts.versions(spec.name) if goes_back else {str(v.number): v for v in parts.registry.versions(spec.name)}
-    version = versions.get(state.candidate)
-    if version is None:
-        return Verdict(Outcome.FAIL, (f"version {state.candidate} is no longer in the registry",))
-    approval = approval_state(version)
-    if not goes_back and approval is ApprovalState.UNBOUND:
-        # Tags that somebody is setting in the registry's UI: the next look of `waiting` binds them, or says why not.
-        raise ApprovalError(f"the approval of version {state.candidate} was set by hand and is not bound to its evidence yet")
-    if not goes_back and approval is not ApprovalState.APPROVED:
-        return Verdict(Outcome.FAIL, (f"version {state.candidate} {_UNAPPROVED[approval]}",))
-    if state.phase is Phase.PENDING:
-        try:
-            _artifact(parts, spec, version)
-        except ArtifactError as error:
-            return Verdict(Outcome.FAIL, (str(error),))
-    return None
 
 
 def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetime) -> Verdict:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 WINDOW = dt.timedelta(minutes=5)
 """Answers are read this many at a time, however long nobody looked."""
 LABEL_DAYS = 60
+"""How many of the newest days with live performance are looked at, during a rollout and after it."""
 SHADOW_GATES = {"disagreement", "score_shift"}
 GATEWAY = ("requests", "errors", "latency")
 COLUMNS = [*answers.ROW, *answers.ANSWER, "version", "shadow"]

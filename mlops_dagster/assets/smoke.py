@@ -21,7 +21,7 @@ REQUEST_ID_PREFIX = "smoke-"
 
 def failures(parts: "Parts", spec: ModelSpec, version: str, requests: int = 1) -> list[str]:
     """Ask the version, `requests` times, for the first rows of its reference sample through the gateway; what is wrong, or nothing."""
-    digest = parts.versions(spec.name)[version].digest
+    digest = parts.version(spec.name, version).digest
     sample = pq.read_table(
         io.BytesIO(parts.lake.read_bytes(f"{spec.name}/trained_model/{digest}/reference_sample.parquet"))
     ).slice(0, ROWS)

@@ -12,6 +12,7 @@ ONLINE_STORES = (
     "sqlite, redis://[:PASSWORD@]HOST[:PORT][/NUMBER] (rediss:// for TLS) or postgresql://USER[:PASSWORD@]HOST[:PORT]/DATABASE"
 )
 S3_PLACE = "s3://BUCKET/PREFIX"
+_PASSWORD = re.compile(r"(://[^\s/:@]*):[^\s/]*@")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -33,6 +34,13 @@ def masked(address: str) -> str:
         return f"***@{place}"
     user, colon, _ = person.partition(":")
     return f"{scheme}://{user}{':***' if colon else ''}@{place}"
+
+
+def masked_in(text: str, *addresses: str) -> str:
+    """The text with `***` in place of the passwords of these addresses and of every other URL in it."""
+    for address in addresses:
+        text = text.replace(address.rstrip("/"), masked(address).rstrip("/"))
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def s3_place(name: str, address: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from mlops_dagster.assets import approvals, jobs, rollout
 from mlops_dagster.assets.deployment import described
 from mlops_dagster.assets.rollout import Parts, Tick
 from mlops_dagster.assets.stage import key
-from mlops_dagster.core.errors import TransientError
+from mlops_dagster.core.errors import MlopsError
 from mlops_dagster.core.rollout import Phase
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.registry import Version
@@ -31,9 +31,10 @@ def build(spec: ModelSpec) -> dg.SensorDefinition:
     )
     def rollouts(context: dg.SensorEvaluationContext):
         parts, now = Parts.of(context.resources), dt.datetime.now(dt.UTC)
+        found = rollout.tick(parts, spec, now)  # first: nothing that keeps the next version waiting may hold up what runs
         version, trouble = waiting(parts, spec, now)
+        trouble += [found.trouble] if found and found.trouble else []
         requests = [request(spec, version)] if version else []
-        found = rollout.tick(parts, spec, now)
         for message in (*trouble, *([found.action.reason] if found and found.action.alert else [])):
             context.log.warning(message)
         if found is None and not requests:
@@ -46,13 +47,15 @@ def build(spec: ModelSpec) -> dg.SensorDefinition:
 
 
 def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> tuple[Version | None, list[str]]:
-    """The version to bring in, and what a person must know: approvals that do not count, a registry that is away.
+    """The version to bring in, and what a person must know: approvals that do not count, a registry that cannot be asked.
 
-    What runs already is looked at all the same.
+    Raises MlopsError, the registry's, only before the first rollout, when nothing is known of the model yet.
     """
     try:
         version = rollout.waiting(parts, spec, now)
-    except TransientError as error:
+    except MlopsError as error:
+        if rollout.current(parts, spec.name) is None:
+            raise
         return None, [str(error)]
     return version, approvals.refusals(spec.name, now)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlops_dagster.core.addresses import masked, mlflow_server, online_store, s3_place
+from mlops_dagster.core.addresses import masked, masked_in, mlflow_server, online_store, s3_place
 from mlops_dagster.core.errors import DeclarationError
 
 
@@ -62,3 +62,16 @@ def test_masking_hides_what_lies_between_colon_and_the_last_at():
 def test_addresses_of_mlflow():
     for address in ("http://h:5000", "https://h", "postgresql+psycopg://u:p@h/db", "sqlite:////tmp/mlflow.db"):
         assert mlflow_server("M", address) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("no answer of http://u:hunter2@h:1/api: retry", "no answer of http://u:***@h:1/api: retry"),
+        ("'http://:hunter2@h' and s3://key:hunter2@bucket/x", "'http://:***@h' and s3://key:***@bucket/x"),
+        ("at odd://u:hunter/2 x@h/path", "at odd://u:***@h/path"),
+        ("http://h:80/a@b, http://u@h and anna@h", "http://h:80/a@b, http://u@h and anna@h"),
+    ],
+)
+def test_passwords_in_a_text_are_masked(text: str, said: str):
+    assert masked_in(text, "odd://u:hunter/2 x@h/") == said

@@ -16,6 +16,7 @@ from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.profiles import Settings, embedded
 from mlops_dagster.resources.registry import Approval, Version
 from mlops_dagster.resources.serving.embedded import EmbeddedServing
+from mlops_dagster.resources.tracking.mlflow_connection import connect
 from tests.contracts.serving.artifacts import ROW, make_artifact
 from tests.serving.gateway_hosts import FAULTY, serving_host
 
@@ -70,6 +71,13 @@ def decide(parts: Parts, version: Version, decision: Any = "approved") -> Versio
     """Approve or reject a version as a person would."""
     approval = Approval(decision, "tester", dt.datetime.now(dt.UTC), "seen")
     return approvals.decide(parts.registry, parts.ledger, version.model, version.number, approval)
+
+
+def stored_model(parts: Parts, made: Version) -> Path:
+    """The file of the model in MLflow's artifact store."""
+    client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
+    uri = client.get_model_version_download_uri(made.model, str(made.number))
+    return Path(uri.removeprefix("file://")) / "model.onnx"
 
 
 def says_late(rows: pa.Table) -> list[int | None]:

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +20,12 @@ from mlops_dagster import cli
 from mlops_dagster.assets import approvals, approve, rollout
 from mlops_dagster.assets.deployment import until_started
 from mlops_dagster.assets.rollout import Parts
-from mlops_dagster.core.errors import ApprovalError, ArtifactError, LedgerError, NotFoundError, RolloutError, TransientError
+from mlops_dagster.core.errors import ApprovalError, ArtifactError, LedgerError, NotFoundError, RolloutError
 from mlops_dagster.core.ledger import APPROVAL, NewEntry
 from mlops_dagster.core.rollout import Command
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.ledger.sql import SqlLedger
-from mlops_dagster.resources.registry import Approval, Version, approval_is_valid
+from mlops_dagster.resources.registry import Approval, approval_is_valid
 from mlops_dagster.resources.registry.mlflow_registry import DIGEST_TAG, MlflowRegistry
 from mlops_dagster.resources.serving.embedded import EmbeddedServing
 from mlops_dagster.resources.serving.state import free_port
@@ -34,7 +33,7 @@ from mlops_dagster.resources.tracking.mlflow_connection import connect
 from mlops_dagster.runs import failure
 from mlops_dagster.sensors.rollouts import waiting
 from tests.contracts.serving.artifacts import ROW, make_arm
-from tests.lifecycle.rollout_site import add_version, decide, parts_in, predict_url, site, spec_of
+from tests.lifecycle.rollout_site import add_version, decide, parts_in, predict_url, site, spec_of, stored_model
 from tests.serving.gateway_hosts import eventually, new_model, ready, serving_host
 
 NOW = dt.datetime(2024, 2, 1, tzinfo=dt.UTC)
@@ -97,13 +96,6 @@ def test_an_artifact_exchanged_after_the_approval_voids_it(parts: Parts, model: 
     client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
     client.set_model_version_tag(model, "1", DIGEST_TAG, "0" * 64)
     assert rollout.waiting(parts, spec_of(model), NOW) is None
-
-
-def stored_model(parts: Parts, made: Version) -> Path:
-    """The file of the model in MLflow's artifact store."""
-    client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
-    uri = client.get_model_version_download_uri(made.model, str(made.number))
-    return Path(uri.removeprefix("file://")) / "model.onnx"
 
 
 def by_command(parts: Parts, model: str) -> str:
@@ -179,8 +171,8 @@ def test_two_approvals_at_once_are_one(parts: Parts, model: str) -> None:
 
 
 def test_a_rollout_of_the_champion_itself(parts: Parts, live: ModelSpec) -> None:
-    champion = rollout.champion_of(parts.registry.versions(live.name))
-    assert champion is not None
+    champion = parts.registry.versions(live.name)[0]
+    assert champion.aliases == ("champion",)
     before = told(parts, live.name)
     with pytest.raises(RolloutError, match=f"version 1 of {live.name} is the champion already: there is nothing to roll out"):
         rollout.start(parts, live, champion, dt.datetime.now(dt.UTC))
@@ -214,15 +206,27 @@ def look(parts: Parts, spec: ModelSpec) -> rollout.Tick:
 
 
 @pytest.mark.parametrize("voided", [False, True], ids=["rejected", "evidence_changed"])
-def test_a_version_that_is_no_longer_approved_is_rolled_back(parts: Parts, running: ModelSpec, voided: bool) -> None:
+def test_a_version_that_is_no_longer_approved_is_rolled_back(
+    parts: Parts, running: ModelSpec, voided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = parts.registry.versions(running.name)[-1]
     if voided:
         client = connect(parts.registry.tracking_uri)  # type: ignore[attr-defined]
         client.set_model_version_tag(running.name, str(made.number), "mlops.evidence.number", "99")
     else:
         decide(parts, made, "rejected")
-    found = look(parts, running)
     why = "is not approved any more: its metrics, data or artifact" if voided else "was rejected"
+    before = told(parts, running.name)
+    monkeypatch.setattr(cli, "opened_parts", lambda: parts)
+    monkeypatch.setattr(cli, "declared_spec", lambda model: running)
+    said = str(CliRunner().invoke(cli.app, ["rollout", "promote", running.name, "--by", "anna"]).exception)
+    assert said.startswith(f"promote is refused: version {made.number} {why}"), said
+    rollout.command(parts, running, Command("pause", "tester"), dt.datetime.now(dt.UTC))
+    resumed = rollout.command(parts, running, Command("resume", "tester"), dt.datetime.now(dt.UTC))
+    assert resumed is not None
+    assert (resumed.action.refused, why in resumed.action.reason, str(resumed.state.phase)) == (True, True, "paused")
+    assert told(parts, running.name) == [*before, "rollout_paused"]
+    found = look(parts, running)
     assert (str(found.state.phase), why in found.state.reason) == ("rolled_back", True), found
     assert found.state.routes == rollout.Routes.all_to("1")
 
@@ -236,8 +240,7 @@ def test_a_registry_that_is_away_holds_what_runs_and_hinders_no_way_back(
     found = look(away, running)
     assert (found.verdict and str(found.verdict.outcome), str(found.state.phase)) == ("ERROR", "stepping")
     assert "no answer from the MLflow server" in found.action.reason or "MLflow could not do it now" in found.action.reason
-    with suppress(TransientError):  # the aliases have to wait
-        rollout.command(away, running, ROLLBACK, dt.datetime.now(dt.UTC))
+    rollout.command(away, running, ROLLBACK, dt.datetime.now(dt.UTC))  # the aliases have to wait
     assert eventually(lambda: parts.serving.observe(running.name).routes == rollout.Routes.all_to("1"))
     assert str(look(parts, running).state.phase) == "rolled_back"
 

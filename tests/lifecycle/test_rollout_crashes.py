@@ -212,7 +212,7 @@ def overtake(forks: Drivers, parts: Parts) -> Overtaken:
     with Callers(predict_url(parts, spec.name), BODY, PER_SECOND, connections=64) as load:
         while (state := rollout.current(parts, spec.name)) is None or state.candidate != "2" or not state.phase.final:
             assert forks.run(job) == -signal.SIGKILL
-        before = rollout.champion_of(parts.registry.versions(spec.name))
+        before = next((v for v in parts.registry.versions(spec.name) if "champion" in v.aliases), None)
         add_version(parts, spec.name)
         run(forks, replace(job, killed=False))
     (begun,) = (e for e in parts.ledger.entries(spec.name, ROLLOUT_STARTED) if e.subject == "3")

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 import pyarrow as pa
 import pytest
 
-from mlops_dagster.assets import rollout, rollout_evidence
+from mlops_dagster.assets import rollout, rollout_evidence, rollout_versions
 from mlops_dagster.core import rollout as engine
 from mlops_dagster.core.analysis import Verdict
 from mlops_dagster.core.answers import Agreement
@@ -365,10 +365,10 @@ def test_the_bytes_of_an_artifact_are_hashed_once_and_again_when_they_change(
     parts: Any = SimpleNamespace(cache=tmp_path, registry=SimpleNamespace(fetch=fetch))
     version: Any = SimpleNamespace(digest=sha256, number=1)
     for _ in range(3):
-        assert rollout._artifact(parts, spec_of("m"), version) == folder
+        assert rollout_versions.artifact_of(parts, spec_of("m"), version) == folder
     assert (hashed, fetched) == ([folder], [])
     before = folder.joinpath("model.onnx").stat()
     folder.joinpath("model.onnx").write_bytes(b"m0del")
     os.utime(folder / "model.onnx", ns=(before.st_atime_ns, before.st_mtime_ns))
-    rollout._artifact(parts, spec_of("m"), version)
+    rollout_versions.artifact_of(parts, spec_of("m"), version)
     assert (hashed, fetched) == ([folder] * 2, [folder]), "one byte, though size and time of modification are the same"

@@ -121,10 +121,13 @@ class Registry(Protocol):
 
         The first of two equal decisions stays. Raises ApprovalError when a rejected version is approved, when nobody is named, or when
         the evidence is not what was registered; ArtifactError when an approved version's stored bytes are not those that were
-        registered; NotFoundError for an unknown version.
+        registered, StorageError when they cannot be read now; NotFoundError for an unknown version.
         """
         ...
 
     def fetch(self, model: str, version: int, to: Path) -> Path:
-        """Put the version's artifact folder at `to` and return it; ArtifactError when its bytes are not the registered ones."""
+        """Put the version's artifact folder at `to`, whose parent is made, and return it.
+
+        Raises ArtifactError when its bytes are not the registered ones, StorageError when they cannot be read or written now.
+        """
         ...

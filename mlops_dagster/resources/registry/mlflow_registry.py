@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 from dagster import ConfigurableResource
 from pydantic import Field
 
-from mlops_dagster.core.errors import ApprovalError, ArtifactError, DataError, DeclarationError, NotFoundError
+from mlops_dagster.core.addresses import masked, masked_in
+from mlops_dagster.core.errors import ApprovalError, ArtifactError, DataError, DeclarationError, NotFoundError, StorageError
 from mlops_dagster.resources.registry import ALIASES, APPROVED, REJECTED, Approval, Version, evidence_hash
 from mlops_dagster.resources.registry.mlflow_flavors import MLFLOW_NAMES, write_flavors
-from mlops_dagster.resources.tracking.mlflow_connection import connect, exclusive, translated
+from mlops_dagster.resources.tracking.mlflow_connection import cause, connect, exclusive, translated
 from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
 from mlops_dagster.serving.artifact import digest as artifact_digest
 
@@ -121,8 +123,9 @@ class MlflowRegistry(ConfigurableResource):
         client = connect(self.tracking_uri)
         with translated(self.tracking_uri):
             found = _one(self._versions(client, model), model, version)
-            if to.is_dir() and artifact_digest(to) == found.digest:
-                return to
+            with suppress(ArtifactError):  # what cannot be read is replaced too
+                if artifact_digest(to) == found.digest:
+                    return to
             to.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}.") as scratch:
                 fresh = Path(scratch, "artifact")
@@ -140,9 +143,16 @@ class MlflowRegistry(ConfigurableResource):
             self._copy_stored(client, found, Path(scratch, "artifact"))
 
     def _copy_stored(self, client: Any, version: Version, to: Path) -> None:
-        """Copy a version's artifact from the store to the new folder `to`; ArtifactError when its bytes are not the registered ones."""
+        """Copy a version's artifact from the store to the new folder `to`.
+
+        Raises ArtifactError when its bytes are not the registered ones, StorageError where they cannot be had.
+        """
         _download(client.get_model_version_download_uri(version.model, str(version.number)), self.tracking_uri, to, version)
-        if (actual := artifact_digest(to)) != version.digest:
+        try:
+            actual = artifact_digest(to)
+        except ArtifactError as error:  # this machine's disk, not the registered bytes
+            raise StorageError(f"{version.model} version {version.number}: its copy cannot be read ({error})") from error
+        if actual != version.digest:
             raise ArtifactError(
                 f"{version.model} version {version.number}: its bytes have digest {actual}, not the {version.digest} that was registered; "
                 "put the registered files back, or train and register a new version"
@@ -282,18 +292,26 @@ def _upload(client: Any, run_id: str, identity: str, artifact_folder: Path, nati
 
 
 def _download(source: str, tracking_uri: str, to: Path, version: Version) -> None:
-    """Copy the artifact's own files (not MLflow's beside it, nor the native model) from the store."""
+    """Copy the artifact's own files (not MLflow's beside it, nor the native model) from the store.
+
+    Raises StorageError where that fails, and where nothing is listed: a store that is not mounted looks just like that.
+    """
     from mlflow.artifacts import download_artifacts
-    from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
+    what = f"{version.model} version {version.number}"
     try:
         names = [entry.path for entry in get_artifact_repository(source, tracking_uri=tracking_uri).list_artifacts()]
         for name in names:
             if name not in MLFLOW_NAMES:
                 to.mkdir(exist_ok=True)
                 download_artifacts(artifact_uri=f"{source}/{name}", dst_path=str(to), tracking_uri=tracking_uri)
-    except (MlflowException, OSError) as error:
-        raise ArtifactError(f"{version.model} version {version.number}: {source} cannot be read ({error})") from error
+    except Exception as error:  # each kind of store has a client with errors of its own
+        why = masked_in(str(error), source, tracking_uri)
+        raise StorageError(
+            f"{what}: {masked(source)} cannot be read ({why}); check that the artifact store is reachable, and its credentials"
+        ) from cause(error, source, tracking_uri)
     if not to.is_dir():
-        raise ArtifactError(f"{version.model} version {version.number}: nothing is left at {source}; register the version again")
+        raise StorageError(
+            f"{what}: nothing is found at {masked(source)}; check that the artifact store is mounted, or register the version again"
+        )

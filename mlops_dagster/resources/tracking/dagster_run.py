@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from mlops_dagster.core.errors import DeclarationError
+from mlops_dagster.core.errors import DeclarationError, MlopsError
 from mlops_dagster.resources.tracking.mlflow_connection import translated
 from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
 
@@ -62,8 +62,7 @@ class DagsterRunTracking(dg.ConfigurableResource):
                     handed = MlFlow(context.replace_config(config))
                 yield handed
             finally:
-                while mlflow.active_run():
-                    mlflow.end_run(_status(context))
+                _end_runs(address, _status(context))
 
 
 def _prefix(context: dg.InitResourceContext) -> str:
@@ -90,6 +89,21 @@ def _prefix(context: dg.InitResourceContext) -> str:
     raise DeclarationError(
         f"resources.{KEY}.config.experiment_name is not given, and the run {because}; give it in the run's config"
     )
+
+
+def _end_runs(address: str, status: str) -> None:
+    """End all active runs of this thread. Where the store cannot be told they are active no more either; then raises MlopsError."""
+    import mlflow
+
+    trouble = None
+    while mlflow.active_run():
+        try:
+            with translated(address):
+                mlflow.end_run(status)
+        except MlopsError as error:
+            trouble = error
+    if trouble is not None:
+        raise trouble
 
 
 def _status(context: dg.InitResourceContext) -> str:

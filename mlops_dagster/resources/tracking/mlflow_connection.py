@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlops_dagster.core.addresses import masked
+from mlops_dagster.core.addresses import masked, masked_in
 from mlops_dagster.core.errors import DeclarationError, MlopsError, NotFoundError, StorageError, TerminalError, TransientError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def checked_uri(tracking_uri: str) -> str:
     if tracking_uri.startswith(("http://", "https://", "postgresql://", "postgresql+")):
         return tracking_uri
     raise DeclarationError(
-        f"tracking_uri: {tracking_uri!r} is not an address this backend knows; use sqlite:///FILE, http(s)://HOST:PORT or postgresql://…"
+        f"tracking_uri: {masked(tracking_uri)!r} is not an address this backend knows; use sqlite:///FILE, http(s)://HOST:PORT or postgresql://…"
     )
 
 
@@ -108,22 +109,30 @@ def translated(where: str) -> Iterator[None]:
         yield
     except MlopsError:
         raise
-    except (OSError, sqlite3.Error) as error:
-        raise StorageError(f"{masked(where)}: {error}; check that its disk is mounted, writable and not full") from error
     except Exception as error:
-        # MLflow's messages repeat the address, so the error below is not shown where there is a password in it.
-        raise _ours(error, where) from (error if masked(where) == where else None)
+        ours = _ours(error, where)
+        if ours is None:
+            raise
+        raise ours from cause(error, where)
 
 
-def _ours(raised: Exception, address: str) -> Exception:
-    kind, where = type(raised).__module__.partition(".")[0], masked(address)
-    error = str(raised).replace(address.rstrip("/"), where.rstrip("/"))
+def cause(error: Exception, *addresses: str) -> Exception | None:
+    """The error as the cause of another; None where an address has a password, or one is shown by it or what it came from."""
+    shown = "".join(traceback.format_exception(error))
+    secret = any(masked(address) != address for address in addresses) or masked_in(shown) != shown
+    return None if secret else error
+
+
+def _ours(raised: Exception, address: str) -> MlopsError | None:
+    kind, where, error = type(raised).__module__.partition(".")[0], masked(address), masked_in(str(raised), address)
+    if isinstance(raised, (OSError, sqlite3.Error)):  # the HTTP client's errors are of OSError's kind
+        return StorageError(
+            f"{where}: {error}; check that its server answers, or that its disk is mounted, writable and not full"
+        )
     if kind == "sqlalchemy":
         return StorageError(f"{where}: {error}; check that the database is reachable, writable and its disk not full")
-    if kind in ("requests", "urllib3"):
-        return TransientError(f"{where}: no answer from the MLflow server ({error}); start it or correct tracking_uri")
     if kind != "mlflow":
-        return raised
+        return None
     code: Any = getattr(raised, "error_code", "INTERNAL_ERROR")
     if code in _MISSING:
         return NotFoundError(f"{where}: {error}")

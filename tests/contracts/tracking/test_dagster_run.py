@@ -2,16 +2,20 @@
 
 import os
 import traceback
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import mlflow
 import pytest
+from dagster._core.events import EngineEventData
 
 from mlops_dagster.core.errors import DeclarationError
 from mlops_dagster.resources.tracking.dagster_run import KEY, DagsterRunTracking
 from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
 from tests.contracts.feature_store.online_servers import free_port
+from tests.contracts.tracking.mlflow_server import serve
 
 
 @dg.asset(key_prefix="flight", required_resource_keys={KEY})
@@ -124,6 +128,27 @@ def test_a_server_that_is_away_is_named_without_its_password(monkeypatch: pytest
     told = "".join(traceback.format_exception(error.value))
     assert f"http://u:***@{away.tracking_uri.rpartition('@')[2]}: MLflow could not do it now" in told
     assert "hunter2" not in told
+
+
+def test_a_server_that_goes_away_during_the_run_leaves_nothing_active_and_shows_no_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server = ExitStack()
+    address = server.enter_context(serve(tmp_path)).replace("http://", "http://u:hunter2@")
+
+    @dg.asset(key_prefix="flight", required_resource_keys={KEY})
+    def last(context: dg.AssetExecutionContext) -> None:
+        context.resources.mlflow.start_run(nested=True)
+        server.close()
+
+    with server:
+        done = materialize(MlflowTracking(tracking_uri=address), last)
+    data = [event.event_specific_data for event in done.all_events if "Teardown of resources" in (event.message or "")]
+    (told,) = [str(entry.error) for entry in data if isinstance(entry, EngineEventData)]
+    assert f"mlops_dagster.core.errors.TransientError: {address.replace('hunter2', '***')}: " in told
+    assert "hunter2" not in told
+    assert mlflow.active_run() is None
 
 
 @dg.op(required_resource_keys={KEY})

@@ -3,13 +3,15 @@
 import math
 import multiprocessing
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
+import requests
 
 from mlops_dagster.core.errors import DataError, DeclarationError, NotFoundError, StorageError, TransientError
 from mlops_dagster.resources.tracking import Tracking
-from mlops_dagster.resources.tracking.mlflow_connection import connect
+from mlops_dagster.resources.tracking.mlflow_connection import connect, translated
 from mlops_dagster.resources.tracking.mlflow_tracking import MlflowTracking
 
 PARAMETERS = {"learning_rate": 0.1, "boosting": "gbdt", "layers": [3, 4], "early": None}
@@ -128,8 +130,27 @@ def test_bad_input_is_named(tracking: MlflowTracking, changes: dict, error: type
 
 
 def test_an_unknown_address_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DeclarationError, match="tracking_uri: 'ftp://x'"):
-        MlflowTracking(tracking_uri="ftp://x").read_run("flight", "x")
+    with pytest.raises(DeclarationError, match=r"tracking_uri: 'ftp://u:\*\*\*@x'"):
+        MlflowTracking(tracking_uri="ftp://u:hunter2@x").read_run("flight", "x")
+
+
+def test_an_error_of_the_http_client_is_told_without_a_password() -> None:
+    address = "http://u:hunter%4f@127.0.0.1:1"
+    for shown in (address, "http://u:hunter%4F@127.0.0.1:1", "https://other:hunter@h"):  # as given, as sent, and another one
+        with pytest.raises(StorageError, match="check that its server answers") as error, translated(address):
+            raise requests.HTTPError(f"401 Client Error: Unauthorized for url: {shown}/api")
+        told = "".join(traceback.format_exception(error.value))
+        assert ":***@" in told
+        assert "hunter" not in told
+
+
+def test_a_cause_that_shows_a_password_is_left_out() -> None:
+    with pytest.raises(StorageError) as error, translated("http://127.0.0.1:1"):
+        raise OSError("not reachable") from ValueError("http://u:hunter2@127.0.0.1:1 was given")
+    assert "hunter2" not in "".join(traceback.format_exception(error.value))
+    with pytest.raises(StorageError) as error, translated("http://127.0.0.1:1"):
+        raise OSError("not reachable")
+    assert isinstance(error.value.__cause__, OSError)
 
 
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
