@@ -14,6 +14,7 @@ from mlops_dagster.assets.lake_paths import day_key, digest_of, stored_days, tab
 from mlops_dagster.assets.references import load_callable
 from mlops_dagster.assets.stage import check_result, days, key, stage
 from mlops_dagster.core.errors import DataError, DeclarationError
+from mlops_dagster.core.late_data import day_of
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.lineage import origins, quarantine
 from mlops_dagster.resources.data_lake import Lake, StoredFile
@@ -95,7 +96,7 @@ def reading(
     back, stage = dt.timedelta(days=spec.features.lookback_days), "validated_data"
     span = (min(made) - back, max(made), [dt.date.fromisoformat(day) for day in out])
     before = origins.recorded(versions, spec.name, stage, *span)
-    rows = origins.load(lake, versions, spec.name, stage, {origins.day_of(key) for key in before})
+    rows = origins.load(lake, versions, spec.name, stage, {day_of(key) for key in before})
     yield {day: {k: md5 for d, raw in rows.items() if day - back <= d <= day for k, md5 in raw.items()} for day in made}
     origins.require_recorded(lake, versions, spec.name, stage, before, span, f"{spec.name}/{STAGE}")
 

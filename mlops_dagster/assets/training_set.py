@@ -57,12 +57,13 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         quarantine.require_recomputed(lake, spec.name, window)
         features = [name for name, _ in store.signature(spec.name).features]
         rows = joined(spec, features, store, entities, window)
-        require_unchanged(spec, lake, versions, window, before)
-        stored = lake.write(f"{spec.name}/{STAGE}/{rows_digest(rows)[:16]}.parquet", rows)
-        manifest = _manifest(spec, features, rows, stored, window)
-        manifest["inputs"] = _inputs(spec, context.resources, before, manifest, window)
-        keys = [stored.key, manifest["inputs"]["key"]]
-        manifest["dvc_commit"] = versions.record(keys, f"{spec.name}: training set through {window[-1]}").commit
+        with quarantine.undecided(versions, spec.name):  # so that the revision that records it has the features it was made of
+            require_unchanged(spec, lake, versions, window, before)
+            stored = lake.write(f"{spec.name}/{STAGE}/{rows_digest(rows)[:16]}.parquet", rows)
+            manifest = _manifest(spec, features, rows, stored, window)
+            manifest["inputs"] = _inputs(spec, context.resources, before, manifest, window)
+            keys = [stored.key, manifest["inputs"]["key"]]
+            manifest["dvc_commit"] = versions.record(keys, f"{spec.name}: training set through {window[-1]}").commit
         version = write_manifest(lake, spec, STAGE, manifest)
         # After the manifest, as raw data looks for the manifest after it has recorded: of the two, one sees the other.
         if corrected := late_data.correction(spec, lake, versions):

@@ -31,7 +31,7 @@ class Change:
 
 
 def day_of(key: str) -> dt.date:
-    """The day of a partition's key, such as `m/raw_data/rows/2024-01-01.parquet`."""
+    """The day of a partition's key, such as `m/raw_data/rows/2024-01-01.parquet`. Raises ValueError for any other key."""
     return dt.date.fromisoformat(key.rpartition("/")[2].partition(".")[0])
 
 

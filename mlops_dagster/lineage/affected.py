@@ -3,13 +3,14 @@
 import datetime as dt
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.late_data import day_of as day_of_key
 from mlops_dagster.core.ledger import Entry
-from mlops_dagster.lineage import origins, quarantine, request_search, training_record
-from mlops_dagster.lineage.carried import Carried, carried, rows_of
+from mlops_dagster.lineage import feature_history, quarantine, request_search, training_record
+from mlops_dagster.lineage.carried import CarriedValues
 from mlops_dagster.lineage.deployments import spells
 from mlops_dagster.lineage.places import Places
 from mlops_dagster.lineage.training_record import TrainingRecord
@@ -67,17 +68,18 @@ def spread(
     partitions = _partitions(lake, data, model, day)
     if not partitions:
         return None
-    records = [training_record.load(lake, key) for key in lake.list(f"{model}/{training_record.FOLDER}/")]
+    keyed = {key: training_record.load(lake, key) for key in lake.list(f"{model}/{training_record.FOLDER}/")}
+    records = [*keyed.values()]
     features = day, day + dt.timedelta(days=lookback_days)
-    values = _Values(lake, data, model, features)
-    rows_carrying = {r.training_set: values.rows_carrying(r) for r in records if not r.touches(day) and r.days[-1] >= str(day)}
+    values = CarriedValues(feature_history.load(lake, data, model, features))
+    rows_carrying = values.by_training_set({key: r for key, r in keyed.items() if not r.touches(day) and r.days[-1] >= str(day)})
     touched = [r for r in records if r.touches(day) or rows_carrying.get(r.training_set)]
     versions = [v for v in registered if _rests_on(v, records, touched, day, lookback_days)]
     entries = places.entries(model)
     numbers = {str(v.number) for v in versions}
     live = [s for s in spells(entries, model) if s.version in numbers]
     near = training_record.reached(day, lookback_days)
-    last = values.last_row_day(records, near[1])
+    last = _last_row_day(values, records, near[1])
     return Spread(
         model,
         f"raw_data/{day}",
@@ -93,42 +95,21 @@ def spread(
     )
 
 
-@dataclass
-class _Values:
-    """The feature values of first … last, looked up once for all training sets whose views have the same keys and TTL."""
-
-    lake: Lake
-    data: DataVersions
-    model: str
-    days: tuple[dt.date, dt.date]
-    known: dict[str, list[Carried]] = field(default_factory=dict)
-
-    def of(self, record: TrainingRecord) -> list[Carried]:
-        mark = repr(sorted((name, view.keys, view.ttl_seconds) for name, view in record.views.items()))
-        if mark not in self.known:
-            self.known[mark] = carried(self.lake, self.data, self.model, record.views, *self.days)
-        return self.known[mark]
-
-    def rows_carrying(self, record: TrainingRecord) -> int:
-        """How many rows of a training set use such values (the most of any view)."""
-        return max((one.used_by(rows_of(self.lake, record, one.keys)) for one in self.of(record)), default=0)
-
-    def last_row_day(self, records: Sequence[TrainingRecord], near: dt.date) -> dt.date | None:
-        """The last day whose rows may use one, by the newest training set's views and at least `near`; None where one is still in use."""
-        newest = max(records, key=lambda r: r.days[-1], default=None)
-        ends = [one.until for one in self.of(newest)] if newest else []
-        return None if None in ends else max([near, *(end.date() for end in ends if end)])
+def _last_row_day(values: CarriedValues, records: Sequence[TrainingRecord], near: dt.date) -> dt.date | None:
+    """The last day whose rows may use one, by the newest training set's views and at least `near`; None where one is still in use."""
+    newest = max(records, key=lambda r: r.days[-1], default=None)
+    ends = [one.until for one in values.of(newest.views)] if newest else []
+    return None if None in ends else max([near, *(end.date() for end in ends if end)])
 
 
 def _partitions(lake: Lake, data: DataVersions, model: str, day: dt.date) -> list[dict[str, Any]]:
     prefix, name = f"{model}/raw_data/", f"{day}.parquet"
-    now = data.contents(prefix)
     had: dict[str, list[dict[str, Any]]] = {}
-    for revision in reversed(data.history(prefix)):
+    for revision in reversed(data.history(prefix, only=lambda key: key.rpartition("/")[2] == name)):
         for key, md5 in revision.files.items():
-            if key.rpartition("/")[2] == name:
-                had.setdefault(key, []).append({"md5": md5, "at": revision.at.isoformat(), "commit": revision.commit})
+            had.setdefault(key, []).append({"md5": md5, "at": revision.at.isoformat(), "commit": revision.commit})
     untracked = [k for k in lake.list(prefix) if k.rpartition("/")[2] == name and k not in had]
+    now = {key: states[-1]["md5"] for key, states in had.items()}
     return [{"key": k, "md5": now.get(k), "revisions": had.get(k, [])} for k in sorted([*had, *untracked])]
 
 
@@ -212,7 +193,7 @@ def _predictions(
     after these days, on values of them that nothing had replaced (`may_carry_it`: at most so many)."""
     told = []
     for key, index in request_search.indexes(places, model):
-        day, rows = origins.day_of(key), index.summary.rows
+        day, rows = day_of_key(key), index.summary.rows
         trained = sum(n for version, n in index.summary.versions.items() if version in touched)
         featured = rows if near[0] <= day <= near[1] else 0
         carrying = rows if near[1] < day and (last is None or day <= last) else 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mlops_dagster.core.errors import DataError, NotFoundError
+from mlops_dagster.core.late_data import day_of
 from mlops_dagster.lineage import origins, quarantine
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
@@ -89,10 +90,10 @@ def _kept_out(lake: Lake, versions: DataVersions, model: str, revision: str | dt
     """The features of a revision, with their origins, that a day went into which is in quarantine now."""
     out, kept, prefix = quarantine.days(lake, model), set[dt.date](), f"{model}/{origins.FOLDER}/features/"
     for key in wanted if out else ():
-        if key.startswith(prefix) and out & {*map(origins.day_of, json.loads(versions.restore(key, revision).read_bytes()))}:
-            kept.add(origins.day_of(key))
+        if key.startswith(prefix) and out & {*map(day_of, json.loads(versions.restore(key, revision).read_bytes()))}:
+            kept.add(day_of(key))
     stages = [key for key in wanted if key.startswith((prefix, f"{model}/features/"))] if kept else []
-    return {key for key in stages if origins.day_of(key) in kept}
+    return {key for key in stages if day_of(key) in kept}
 
 
 def in_folder(folder: Lake, versions: DataVersions, model: str, revision: str | dt.datetime) -> Checkout:

@@ -7,10 +7,11 @@ corrected since, its validation and its features still to come: what it holds no
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from mlops_dagster.core.errors import NotFoundError, TransientError
+from mlops_dagster.core.late_data import day_of
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.data_versions import DataVersions
 
@@ -29,13 +30,14 @@ def load(
     lake: Lake, versions: DataVersions, model: str, stage: str, days: Iterable[dt.date], back_days: int = 0
 ) -> dict[dt.date, dict[str, str]]:
     """Day -> raw key -> MD5. For a day that was made before origins were kept: what is recorded now of it and `back_days` before it."""
-    there = set(lake.stamps(f"{model}/{FOLDER}/{stage}/"))
+    there = set(lake.list(f"{model}/{FOLDER}/{stage}/"))
     keys = {day: f"{model}/{FOLDER}/{stage}/{day}.json" for day in sorted(days)}
     known = [day for day, key in keys.items() if key in there]
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         found = dict(zip(known, map(json.loads, pool.map(lake.read_bytes, [keys[day] for day in known])), strict=True))
-    now = versions.contents(f"{model}/raw_data/") if len(known) < len(keys) else {}
-    back = dt.timedelta(days=back_days)
+    back, now = dt.timedelta(days=back_days), {}
+    if len(known) < len(keys):
+        now = versions.contents(f"{model}/raw_data/", only=of_days(min(keys) - back, max(keys)))
     return {day: found[day] if day in found else {key: now[key] for key in between(now, day - back, day)} for day in keys}
 
 
@@ -45,8 +47,7 @@ def recorded(
     """Key -> MD5, by the newest revision, of a stage's partitions of first … last and of their origins."""
     found: dict[str, str] = {}
     for prefix in _prefixes(model, stage):
-        tracked = versions.contents(prefix)
-        found |= {key: tracked[key] for key in between(tracked, first, last, without)}
+        found |= versions.contents(prefix, only=of_days(first, last, without))
     return found
 
 
@@ -90,8 +91,8 @@ def raw_used(
     """The raw partitions that the rows of a window and their features come from: key -> MD5, and key -> every other MD5 that some of the
     features come from ('': they were computed when the partition was not there yet)."""
     first, last = window[0] - dt.timedelta(days=lookback_days + 1), window[-1]
-    stored = versions.contents(f"{model}/features/")
-    featured = sorted({day_of(key) for key in between(stored, window[0] - dt.timedelta(days=1), last)})
+    stored = versions.contents(f"{model}/features/", only=of_days(window[0] - dt.timedelta(days=1), last))
+    featured = sorted({day_of(key) for key in stored})
     rows = load(lake, versions, model, "validated_data", window)
     features = load(lake, versions, model, "features", featured, lookback_days)
     raw = {key: md5 for day in featured for key, md5 in features[day].items()}
@@ -107,18 +108,20 @@ def raw_used(
 
 def between(keys: Iterable[str], first: dt.date, last: dt.date, without: Collection[dt.date] = ()) -> Iterator[str]:
     """Those of the keys that are partitions of the days first … last."""
-    for key in keys:
+    return filter(of_days(first, last, without), keys)
+
+
+def of_days(first: dt.date, last: dt.date, without: Collection[dt.date] = ()) -> Callable[[str], bool]:
+    """Whether a key is a partition of one of the days first … last."""
+
+    def asked(key: str) -> bool:
         try:
             day = day_of(key)
         except ValueError:
-            continue
-        if first <= day <= last and day not in without:
-            yield key
+            return False
+        return first <= day <= last and day not in without
 
-
-def day_of(key: str) -> dt.date:
-    """The day of a partition's key. Raises ValueError for any other key."""
-    return dt.date.fromisoformat(key.rpartition("/")[2].partition(".")[0])
+    return asked
 
 
 def md5_of(lake: Lake, key: str) -> str | None:

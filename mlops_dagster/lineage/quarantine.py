@@ -77,7 +77,7 @@ def impose(spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, 
         stored = sorted(k for k in lake.list(f"{spec.name}/raw_data/") if k.endswith(".parquet"))
         there = f"it has {_name(stored[0])} … {_name(stored[-1])}" if stored else "it has no raw data yet"
         raise NotFoundError(f"{spec.name} has no raw_data of {day}; {there}")
-    with _alone(versions, spec.name):
+    with undecided(versions, spec.name):
         return _change(spec, lake, versions, ledger, day, decision, QUARANTINE)
 
 
@@ -86,7 +86,7 @@ def lift(spec: ModelSpec, lake: Lake, versions: DataVersions, ledger: Ledger, da
     if not _decisions(ledger, spec.name, day):
         out = ", ".join(sorted(read(lake, spec.name)["days"])) or "no day is"
         raise NotFoundError(f"raw_data/{day} of {spec.name} is not in quarantine; {out}")
-    with _alone(versions, spec.name):
+    with undecided(versions, spec.name):
         return _change(spec, lake, versions, ledger, day, decision, QUARANTINE_LIFTED)
 
 
@@ -98,7 +98,7 @@ def unchanged(
 
     Raises TransientError, before anything is stored, where a day that they look back on was taken out or back in since.
     """
-    with _alone(versions, spec.name):
+    with undecided(versions, spec.name):
         now, before = read(lake, spec.name)["days"], known["days"]
         back = range(spec.features.lookback_days + 1)
         used = {(day - dt.timedelta(days=i)).isoformat() for day in made for i in back}
@@ -110,8 +110,8 @@ def unchanged(
         yield
 
 
-def _alone(versions: DataVersions, model: str) -> AbstractContextManager[None]:
-    """One decision at a time: beside the history, which every process that records in the lake shares, whatever the lake is."""
+def undecided(versions: DataVersions, model: str) -> AbstractContextManager[None]:
+    """No decision meanwhile, and one at a time: beside the history, which every process that records in the lake shares, whatever the lake is."""
     return file_lock.held(Path(versions.root).absolute() / ".dvc" / "tmp" / f"{model}.quarantine.lock", WAIT_SECONDS)
 
 

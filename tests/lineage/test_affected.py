@@ -3,16 +3,12 @@ import datetime as dt
 import pyarrow as pa
 import pytest
 
-from mlops_dagster.lineage import training_record
-from mlops_dagster.lineage.affected import _rests_on, spread
-from mlops_dagster.lineage.places import Places
-from mlops_dagster.lineage.request_search import store_index
+from mlops_dagster.lineage.affected import _rests_on
 from mlops_dagster.lineage.training_record import FeatureView, TrainingRecord
 from mlops_dagster.resources.data_lake.folder import FolderLake
-from mlops_dagster.resources.data_versions.dvc import DvcVersions
 from mlops_dagster.resources.registry import Version
+from tests.lineage.feature_life import NOW, History, at, day
 
-NOW = dt.datetime(2024, 2, 1, tzinfo=dt.UTC)
 DAYS = {"first_day": "2024-01-05", "last_day": "2024-01-09"}
 
 
@@ -37,63 +33,9 @@ def test_a_version_whose_record_is_gone_goes_by_its_days(records, day, rests):
     assert _rests_on(version, records, [r for r in records if r.touches(at)], at, 2) is rests
 
 
-BAD, LOOKBACK = dt.date(2024, 1, 3), 1
-
-
-def day(number: int) -> dt.date:
-    return dt.date(2024, 1, number)
-
-
-def at(number: int, hour: int = 0) -> dt.datetime:
-    return dt.datetime(2024, 1, number, hour, tzinfo=dt.UTC)
-
-
 @pytest.fixture
 def lake(tmp_path):
     return FolderLake(root=str(tmp_path / "lake"))
-
-
-class History:
-    """Raw days and a view of a lake: depot `a` sends every day, `b` on the third for the last time until it `returns`."""
-
-    def __init__(self, lake, tmp_path, ttl_days: float | None, returns: int = 99) -> None:
-        self.lake, self.versions = lake, DvcVersions(root=lake.root)
-        self.view = FeatureView("sql", "data", 20, ["depot"], ttl_days and ttl_days * 86_400)
-        self.places = Places(lake, lambda: lake, tmp_path / "segments", lambda model: [], lambda: ["m"])
-        for number in range(1, 21):
-            # A day's features look back on the day before it and are known at its end.
-            depots = ["a", "b"] if number <= BAD.day + LOOKBACK or number >= returns else ["a"]
-            moments = pa.array([at(number + 1)] * len(depots), pa.timestamp("us", "UTC"))
-            rows = {"depot": depots, "x": [1.0] * len(depots), "event_timestamp": moments, "created_timestamp": moments}
-            lake.write(f"m/features/v/{day(number)}.parquet", pa.table(rows))
-            lake.write(f"m/raw_data/rows/{day(number)}.parquet", pa.table({"n": [number]}))
-        self.versions.record(lake.list("m/"), "in")
-
-    def training_set(self, first: int, last: int, *depots: str) -> Version:
-        """A registered version of the rows of these depots at noon of each day."""
-        name, days = f"{first}-{last}", range(first, last + 1)
-        moments = pa.array([at(n, 12) for n in days for _ in depots], pa.timestamp("us", "UTC"))
-        key = f"m/training_set/{name}.parquet"
-        self.lake.write(key, pa.table({"depot": list(depots) * len(days), "event_timestamp": moments}))
-        raw = {f"m/raw_data/rows/{day(n)}.parquet": "md5" for n in range(first - LOOKBACK - 1, last + 1)}
-        record = TrainingRecord(name, key, [str(day(n)) for n in days], LOOKBACK, ["rows"], raw, {"v": self.view})
-        inputs = training_record.store(self.lake, "m", record)
-        return Version("m", last, "d", {"training_set": name, "inputs": inputs}, "h", NOW, "u")
-
-    def predicted(self, number: int) -> None:
-        key = f"m/inference_log/{day(number)}.parquet"
-        log = {
-            "request_id": ["r1", "r2"],
-            "version": ["1", "1"],
-            "logged_at": pa.array([at(number)] * 2, pa.timestamp("us", "UTC")),
-        }
-        self.lake.write(key, pa.table(log))
-        store_index(self.lake, "m", str(day(number)), pa.table(log), at(number))
-
-    def spread(self, *registered: Version):
-        found = spread(self.places, self.lake, self.versions, registered, "m", BAD, LOOKBACK)
-        assert found is not None
-        return found
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Versions of the lake's files: which bytes a key held at which moment, and those bytes again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -36,12 +36,19 @@ class DataVersions(Protocol):
         """
         ...
 
-    def history(self, prefix: str = "", limit: int | None = None) -> list[Revision]:
-        """The revisions that changed a key beginning with `prefix`, newest first; `files` holds only those keys."""
+    def history(
+        self, prefix: str | Sequence[str] = "", limit: int | None = None, only: Callable[[str], bool] | None = None
+    ) -> list[Revision]:
+        """The revisions that changed a key beginning with `prefix` (or with one of several), newest first; `files` holds only those keys.
+
+        `only`: says which of these keys are asked for; the others are not read.
+        """
         ...
 
-    def contents(self, prefix: str = "", revision: str | datetime | None = None) -> dict[str, str]:
-        """Every tracked key that begins with `prefix` and its MD5, as of a revision (None: the newest)."""
+    def contents(
+        self, prefix: str = "", revision: str | datetime | None = None, only: Callable[[str], bool] | None = None
+    ) -> dict[str, str]:
+        """Every tracked key that begins with `prefix` and its MD5, as of a revision (None: the newest); `only` as for `history`."""
         ...
 
     def restore(self, key: str, revision: str | datetime | None = None) -> Path:

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -64,26 +65,31 @@ class DvcVersions(ConfigurableResource):
             made = _last_change(repo, blobs) if unchanged else git_trees.commit(repo, tree, message, int(clock()))
             return _revision(made, {key: text and dvc_files.md5_in(text) for key, text in described.items()})
 
-    def history(self, prefix: str = "", limit: int | None = None) -> list[Revision]:
+    def history(
+        self, prefix: str | Sequence[str] = "", limit: int | None = None, only: Callable[[str], bool] | None = None
+    ) -> list[Revision]:
         if not self._exists():
             return []
         found: list[Revision] = []
-        folder = prefix.rpartition("/")[0]
+        asked = _Asked((prefix,) if isinstance(prefix, str) else (*prefix,), only)
+        folder = prefix.rpartition("/")[0] if isinstance(prefix, str) else ""
         for here, parent in git_trees.commits(git_trees.opened(self._root())):
             if limit is not None and len(found) >= limit:
                 break
             new, old = git_trees.entry(here.tree, folder), git_trees.entry(parent.tree if parent else None, folder)
             if (new and new.id) != (old and old.id):
-                files = {key: md5 for key, md5 in _changes(old, new, folder) if key.startswith(prefix)}
+                files = dict(_changes(old, new, folder, asked))
                 found += [_revision(here, files)] if files else []
         return found
 
-    def contents(self, prefix: str = "", revision: str | datetime | None = None) -> dict[str, str]:
+    def contents(
+        self, prefix: str = "", revision: str | datetime | None = None, only: Callable[[str], bool] | None = None
+    ) -> dict[str, str]:
         if not self._exists():
             return {}
         folder = prefix.rpartition("/")[0]
         tree = git_trees.entry(self._commit(revision).tree, folder)
-        return {key: md5 for key, md5 in _changes(None, tree, folder) if md5 and key.startswith(prefix)}
+        return {key: md5 for key, md5 in _changes(None, tree, folder, _Asked((prefix,), only)) if md5}
 
     def restore(self, key: str, revision: str | datetime | None = None) -> Path:
         if not self._exists():
@@ -111,7 +117,7 @@ class DvcVersions(ConfigurableResource):
             newest = newest or str(here.id)
             if str(here.id) == done:
                 break
-            wanted.update(md5 for _, md5 in _changes(parent.tree if parent else None, here.tree, "") if md5)
+            wanted.update(md5 for _, md5 in _changes(parent.tree if parent else None, here.tree, "", _Asked()) if md5)
         if newest in (None, done):
             return 0
         sent = dvc_remote.send(self._root(), self._remote(), self._cache(), wanted)
@@ -234,8 +240,22 @@ def _id(found: "pygit2.Object | None") -> Any:
     return found and found.id
 
 
-def _changes(old: Any, new: Any, folder: str) -> Iterator[tuple[str, str | None]]:
-    """(key, MD5 now or None) for each `.dvc` file that differs between two trees; equal folders are not entered."""
+@dataclass(frozen=True)
+class _Asked:
+    """Which keys are asked for: with one of the prefixes and, if given, `only` those."""
+
+    prefixes: tuple[str, ...] = ("",)
+    only: Callable[[str], bool] | None = None
+
+    def key(self, key: str) -> bool:
+        return key.startswith(self.prefixes) and (self.only is None or self.only(key))
+
+    def folder(self, path: str) -> bool:
+        return any(prefix.startswith(f"{path}/") or f"{path}/".startswith(prefix) for prefix in self.prefixes)
+
+
+def _changes(old: Any, new: Any, folder: str, asked: _Asked) -> Iterator[tuple[str, str | None]]:
+    """(key, MD5 now or None) for each `.dvc` file asked for that differs between two trees; equal folders are not entered."""
     before = {item.name: item for item in old} if old is not None else {}
     after = {item.name: item for item in new} if new is not None else {}
     for name in sorted(before.keys() | after.keys()):
@@ -244,8 +264,8 @@ def _changes(old: Any, new: Any, folder: str) -> Iterator[tuple[str, str | None]
             continue
         path = f"{folder}/{name}" if folder else name
         if git_trees.FOLDER in (getattr(was, "filemode", 0), getattr(now, "filemode", 0)):
-            yield from _changes(_folder(was), _folder(now), path)
-        elif name.endswith(SUFFIX):
+            yield from _changes(_folder(was), _folder(now), path, asked) if asked.folder(path) else ()
+        elif name.endswith(SUFFIX) and asked.key(path.removesuffix(SUFFIX)):
             yield path.removesuffix(SUFFIX), None if now is None else dvc_files.md5_in(now.data.decode())
 
 
