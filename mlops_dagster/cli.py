@@ -139,15 +139,20 @@ def abort(model: Model, by: By, reason: Reason = "") -> None:
 
 
 @app.command()
-def rollback(model: Model, by: By, reason: Reason = "") -> None:
+def rollback(
+    model: Model,
+    by: By,
+    reason: Reason = "",
+    leave: Annotated[str, typer.Option("--from", help="The version to be undone; needed where a rollout failed after it.")] = "",
+) -> None:
     """Back to the version before: ends a running rollout, or undoes the last promotion."""
     import datetime as dt
 
     from mlops_dagster.assets import rollout
     from mlops_dagster.core.rollout import Command
 
-    found = rollout.roll_back(opened_parts(), declared_spec(model), Command("rollback", by, reason), dt.datetime.now(dt.UTC))
-    print(told(found))
+    wanted, now = Command("rollback", by, reason), dt.datetime.now(dt.UTC)
+    print(told(rollout.roll_back(opened_parts(), declared_spec(model), wanted, now, leave or None)))
 
 
 @app.command()

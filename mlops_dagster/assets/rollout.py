@@ -12,7 +12,7 @@ from mlops_dagster.assets import approvals, revocation, rollout_evidence, rollou
 from mlops_dagster.assets.smoke import failures as smoke_failures
 from mlops_dagster.core import rollout as engine
 from mlops_dagster.core.analysis import Verdict, judge_down, judge_start
-from mlops_dagster.core.errors import MlopsError, ServingError, StorageError
+from mlops_dagster.core.errors import MlopsError, RolloutError, ServingError, StorageError
 from mlops_dagster.core.rollout import Act, Action, Command, Phase, RolloutState
 from mlops_dagster.core.rollout_gates import Outcome
 from mlops_dagster.core.routes import BASELINE, Routes, version_of
@@ -154,15 +154,23 @@ def command(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) ->
     return _record(parts, spec, state, new, action, wanted, now)
 
 
-def roll_back(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime) -> Tick | None:
+def roll_back(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime, leave: str | None = None) -> Tick | None:
     """Back to the version before: ends a running rollout, or undoes the last promotion. None where there never was a rollout.
 
-    Raises RolloutError where there is nothing to go back to.
+    `leave`: the version to be undone. Without it, a promotion is undone only where nothing but a failed way back came after it: who
+    asks twice to end a rollout must not undo the promotion before it too. Raises RolloutError where there is nothing to go back to.
     """
-    state = current(parts, spec.name)
+    state, found = current(parts, spec.name), engine.standing(parts.ledger.entries(spec.name), spec.name)
+    if leave is not None and state is not None and (serves := state.candidate if found is None else champion_of(state)) != leave:
+        raise RolloutError(f"version {leave} of {spec.name} is not what a rollback would undo now: that is version {serves}.")
     if state is None or not state.phase.final:
         return command(parts, spec, wanted, now)
-    new, action = engine.way_back(state, policy_of(spec), now, f"rollback by {wanted.actor}: {wanted.reason}".rstrip(": "))
+    plain = state.phase is Phase.PROMOTED or state.strategy == engine.WAY_BACK
+    if found is None or not (plain or leave):
+        serves = f"; to go back from version {state.champion}, which serves, add --from {state.champion}" if found else ""
+        raise RolloutError(f"rollout {state.rollout_id} is over ({state.phase}) and has nothing to undo{serves}.")
+    why = f"rollback by {wanted.actor}: {wanted.reason}".rstrip(": ")
+    new, action = engine.way_back(found.promotion, policy_of(spec), now, why, found.ways_back)
     return _record(parts, spec, None, new, action, wanted, now)
 
 
@@ -175,9 +183,13 @@ def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
     if state is None:
         return None
     if state.phase.final:
-        revoked = revocation.verdict(parts, spec, state, policy_of(spec), now)
-        if revoked is not None:
-            new, action = engine.way_back(state, policy_of(spec), now, f"labels: {'; '.join(revoked.reasons)}")
+        found = engine.standing(parts.ledger.entries(spec.name), spec.name)
+        # A way back that failed waits for a person: asked for again by itself, it would fail again at every look.
+        revoked = (
+            revocation.verdict(parts, spec, found.promotion, policy_of(spec), now) if found and not found.ways_back else None
+        )
+        if found and revoked:
+            new, action = engine.way_back(found.promotion, policy_of(spec), now, f"labels: {'; '.join(revoked.reasons)}")
             return _looked(parts, spec, _decided(parts, None, new, action, revoked, now), now)
         carry_out(parts, spec, state, now)
         return Tick(state, Action(Act.NONE, str(state.phase)), None, changed=False)

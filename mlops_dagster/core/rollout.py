@@ -32,9 +32,11 @@ from mlops_dagster.core.rollout_state import (
     Command,
     Phase,
     RolloutState,
+    Standing,
     record,
     replay,
     replay_all,
+    standing,
     state_of,
 )
 from mlops_dagster.core.routes import Routes
@@ -48,6 +50,7 @@ __all__ = [
     "Command",
     "Phase",
     "RolloutState",
+    "Standing",
     "advance",
     "begin",
     "desired",
@@ -55,6 +58,7 @@ __all__ = [
     "refusal",
     "replay",
     "replay_all",
+    "standing",
     "state_of",
     "verdict_on",
     "way_back",
@@ -75,11 +79,13 @@ def begin(
     return _begin(rollout_id, model, champion, candidate, steps, strategy, now, reason)
 
 
-def way_back(done: RolloutState, policy: RolloutPolicy, now: datetime, reason: str) -> tuple[RolloutState, Action]:
+def way_back(
+    done: RolloutState, policy: RolloutPolicy, now: datetime, reason: str, failed: int = 0
+) -> tuple[RolloutState, Action]:
     """The rollout that undoes a promotion: straight to the version before, as soon as its server is ready (at once while warm).
 
-    Its id follows from the promotion's, so the promotion is undone once however often this is asked. Raises RolloutError when
-    there is nothing to go back to.
+    Its id follows from the promotion's and how many ways back from it `failed` before, so the promotion is undone once however
+    often this is asked. Raises RolloutError when there is nothing to go back to.
     """
     if done.phase is not Phase.PROMOTED:
         raise RolloutError(
@@ -89,7 +95,8 @@ def way_back(done: RolloutState, policy: RolloutPolicy, now: datetime, reason: s
         raise RolloutError(f"{done.model} has nothing to go back to: version {done.candidate} was its first deployment.")
     if done.strategy == WAY_BACK:
         raise RolloutError(f"{done.model} went back to version {done.candidate} already: start a rollout to change it again.")
-    return _begin(f"{done.rollout_id}/back", done.model, done.candidate, done.champion, (), WAY_BACK, now, reason)
+    again = f"/{failed + 1}" if failed else ""
+    return _begin(f"{done.rollout_id}/back{again}", done.model, done.candidate, done.champion, (), WAY_BACK, now, reason)
 
 
 def advance(state: RolloutState, signal: Verdict | Command, policy: RolloutPolicy, now: datetime) -> tuple[RolloutState, Action]:

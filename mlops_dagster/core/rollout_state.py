@@ -1,6 +1,6 @@
 """A rollout's state and actions as values, and how they are written to the ledger and read back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import StrEnum
@@ -174,6 +174,27 @@ def replay(entries: Iterable[ledger.Entry], model: str | None = None) -> Rollout
         if entry.key.startswith(_KEY) and (model is None or entry.model == model):
             newest = entry
     return state_of(newest) if newest else None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The promotion that brought in the version that serves, and how many ways back from it were begun."""
+
+    promotion: RolloutState
+    ways_back: int
+
+
+def standing(entries: Sequence[ledger.Entry], model: str) -> Standing | None:
+    """The newest promotion in a model's entries in order, while no rollout is under way (those after it brought nothing in)."""
+    told = [entry for entry in entries if entry.key.startswith(_KEY) and entry.model == model]
+    if not told or not state_of(told[-1]).phase.final:
+        return None
+    ended = (state_of(entry) for entry in reversed(told) if entry.kind in (ledger.PROMOTION, ledger.ROLLBACK))
+    promotion = next((state for state in ended if state.phase is Phase.PROMOTED), None)
+    if promotion is None:
+        return None
+    back = f"{_KEY}{promotion.rollout_id}/back"
+    return Standing(promotion, sum(entry.key.startswith(back) and entry.key.endswith("/0") for entry in told))
 
 
 def replay_all(

@@ -13,6 +13,7 @@ from mlops_dagster.assets import live_performance, rollout
 from mlops_dagster.assets.deployment import until_started
 from mlops_dagster.assets.lake_paths import canonical, day_key
 from mlops_dagster.assets.rollout import Parts, Tick
+from mlops_dagster.core.errors import RolloutError
 from mlops_dagster.core.rollout import Command, Phase, RolloutState
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.registry.mlflow_registry import MlflowRegistry
@@ -142,3 +143,61 @@ def test_a_promotion_is_undone_while_the_registry_is_away(parts: Parts, monkeypa
     assert eventually(lambda: parts.serving.observe(spec.name).routes == rollout.Routes.all_to("1"))
     assert (look(parts, spec).state.phase, look(parts, spec).state.candidate) == (Phase.PROMOTED, "1")
     assert {v.number: v.aliases for v in parts.registry.versions(spec.name)}[1] == ("champion",)
+
+
+def failed_rollout(parts: Parts, spec: ModelSpec) -> None:
+    """A third version that a person gives up."""
+    rollout.start(parts, spec, add_version(parts, spec.name), now())
+    rollout.command(parts, spec, Command("abort", "tester"), now())
+
+
+def test_labels_undo_a_promotion_after_a_later_rollout_failed(parts: Parts) -> None:
+    spec = spec_of("later_model", "blue_green", keep_warm_seconds=600)
+    promoted(parts, spec)
+    failed_rollout(parts, spec)
+    for number in range(10):
+        land(parts, spec, number, "2", harm=3.0)
+    assert look(parts, spec).changed
+    state = until_started(parts, spec)
+    assert state is not None
+    assert (state.phase, state.strategy, state.candidate) == (Phase.PROMOTED, "way_back", "1")
+    assert not look(parts, spec).changed
+
+
+def test_asked_twice_to_end_a_rollout_the_promotion_before_it_stays(parts: Parts) -> None:
+    spec, wanted = spec_of("twice_model", "blue_green", keep_warm_seconds=600), Command("rollback", "tester")
+    promoted(parts, spec)
+    rollout.start(parts, spec, add_version(parts, spec.name), now())
+    with pytest.raises(RolloutError, match="version 2 of twice_model is not what a rollback would undo now: that is version 3"):
+        rollout.roll_back(parts, spec, wanted, now(), leave="2")
+    ended = rollout.roll_back(parts, spec, wanted, now())
+    assert ended is not None
+    assert ended.state.phase is Phase.ROLLED_BACK
+    with pytest.raises(RolloutError, match="to go back from version 2, which serves, add --from 2"):
+        rollout.roll_back(parts, spec, wanted, now())
+    with pytest.raises(RolloutError, match="version 3 of twice_model is not what a rollback would undo now: that is version 2"):
+        rollout.roll_back(parts, spec, wanted, now(), leave="3")
+    rollout.roll_back(parts, spec, wanted, now(), leave="2")
+    state = until_started(parts, spec)
+    assert state is not None
+    assert (state.phase, state.candidate) == (Phase.PROMOTED, "1")
+
+
+def test_a_way_back_that_failed_is_tried_again_when_a_person_asks(parts: Parts) -> None:
+    spec, wanted = spec_of("again_model", "blue_green", keep_warm_seconds=600), Command("rollback", "tester")
+    promoted(parts, spec)
+    begun = rollout.roll_back(parts, spec, wanted, now())
+    assert begun is not None
+    rollout.command(parts, spec, Command("abort", "tester"), now())
+    for number in range(10):
+        land(parts, spec, number, "2", harm=3.0)
+    assert not look(parts, spec).changed, "by itself it would fail again at every look"
+    again = rollout.roll_back(parts, spec, wanted, now())
+    assert again is not None
+    assert again.state.rollout_id == f"{begun.state.rollout_id}/2"
+    state = until_started(parts, spec)
+    assert state is not None
+    assert (state.phase, state.strategy, state.candidate) == (Phase.PROMOTED, "way_back", "1")
+    assert parts.ledger.verify() is None
+    with pytest.raises(RolloutError, match="went back to version 1 already"):
+        rollout.roll_back(parts, spec, wanted, now())
