@@ -20,7 +20,7 @@ setup: $(VENV)/.ready ## Make .venv with everything in it (quick when nothing ch
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip --quiet --disable-pip-version-check install 'uv>=0.9'
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
@@ -45,8 +45,8 @@ benchmark: setup ## Measure the headline figures beside their peers (ONLY=name f
 	$(BIN)/python -m benchmarks $(ONLY)
 
 lock: setup ## Write requirements.lock anew from pyproject.toml
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-emit-package mlops-dagster \
-		--no-header --no-annotate --output-file requirements.lock pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --all-extras --no-emit-package mlops-dagster --no-emit-package hydra-core --no-emit-package omegaconf \
+		--no-header --no-annotate --override overrides.txt --output-file requirements.lock pyproject.toml
 
 clean: ## Remove .venv and what the tools left
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
