@@ -149,7 +149,7 @@ class AsofOfflineStore(OfflineStore):
     def offline_write_batch(
         config: RepoConfig, feature_view: FeatureView, table: pa.Table, progress: Callable[[int], Any] | None
     ) -> None:
-        """Adds rows to the source of a feature view; the columns must be the source's, in its order."""
+        """Adds rows to the source of a feature view; the columns must be the source's, in its order, and their values fit its types."""
         source = feature_view.batch_source
         opened = open_source(source, config.repo_path, feature_view.name)
         columns = opened.schema.names
@@ -161,7 +161,7 @@ class AsofOfflineStore(OfflineStore):
                 f"The rows for feature view {feature_view.name!r} have the columns {table.column_names}, but {source.path!r} has {columns}. "
                 "Give exactly these, in this order."
             )
-        append_rows(source, table, config.repo_path)
+        append_rows(source, table, opened.schema, config.repo_path)
         if progress:
             progress(table.num_rows)
 
@@ -226,6 +226,7 @@ def _source_job(
     source = open_source(data_source, config.repo_path)
     for name in [*join_keys, *features, timestamp, *([created] if created else [])]:
         source.required(name)
+    source.in_every_file([*join_keys, timestamp, *([created] if created else [])])
     return AsofRetrievalJob(
         SourceRowsQuery(source, join_keys, features, timestamp, created or None, period, latest_only, settings), settings
     )

@@ -9,13 +9,22 @@ import numpy as np
 import pyarrow as pa
 
 from mlops_dagster.core.errors import DataError, MlopsError, StorageError
-from mlops_dagster.resources.feature_store.asof_index import plain, same_type
+from mlops_dagster.resources.feature_store.asof_index import is_text, plain, same_type
 from mlops_dagster.resources.feature_store.asof_memory import Period, common_unit, filled_times, wanted_range
 from mlops_dagster.resources.feature_store.asof_plan import EntityRows, ViewPlan
 from mlops_dagster.resources.feature_store.asof_settings import Settings
 from mlops_dagster.resources.feature_store.asof_source import ParquetSource
-from mlops_dagster.resources.feature_store.asof_sql import ViewShape, files_sql, history_sql, microseconds, quoted
+from mlops_dagster.resources.feature_store.asof_sql import (
+    ViewShape,
+    files_sql,
+    history_sql,
+    microseconds,
+    quoted,
+    text_microseconds,
+    uneven_files_sql,
+)
 from mlops_dagster.resources.feature_store.asof_time import in_unit, span, time_unit
+from mlops_dagster.resources.feature_store.asof_types import carried
 
 ROWS_PER_BATCH = 1 << 16
 LEAST_DUCKDB_BYTES = 128 << 20
@@ -29,7 +38,7 @@ def spilling(settings: Settings, failures: list[MlopsError]) -> Iterator[Any]:
     """
     import duckdb
 
-    with tempfile.TemporaryDirectory(prefix="asof-", dir=settings.temp_directory) as folder:
+    with temporary_folder(settings.temp_directory) as folder:
         limit = max(settings.memory_limit_bytes, LEAST_DUCKDB_BYTES)
         options = {"memory_limit": f"{limit}B", "threads": settings.threads, "temp_directory": folder}
         with duckdb.connect(config=options) as connection:
@@ -41,6 +50,15 @@ def spilling(settings: Settings, failures: list[MlopsError]) -> Iterator[Any]:
                 ) from error
             except duckdb.Error as error:
                 raise failures[0] if failures else StorageError(f"DuckDB could not join on disk: {error}") from error
+
+
+def temporary_folder(within: str | None) -> tempfile.TemporaryDirectory[str]:
+    try:
+        return tempfile.TemporaryDirectory(prefix="asof-", dir=within)
+    except OSError as error:
+        raise StorageError(
+            f"offline_store.temp_directory {within or tempfile.gettempdir()!r} cannot be written to: {error}. Create it, or name another folder."
+        ) from error
 
 
 def historical_batches(
@@ -66,7 +84,16 @@ def historical_batches(
             rows = entities.table.slice(begin, batch.num_rows)
             begin += batch.num_rows
             whole = pa.table([*rows.columns, *batch.columns[1:]], names=wanted.names)
-            yield from whole.cast(wanted).combine_chunks().to_batches()
+            yield from in_types(whole, wanted).combine_chunks().to_batches()
+
+
+def in_types(table: pa.Table, wanted: pa.Schema) -> pa.Table:
+    try:
+        return table.cast(wanted)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"A feature comes back from DuckDB in another type ({error}). Set offline_store.engine to 'memory', or write it in a plainer type."
+        ) from error
 
 
 def answer_schema(entities: EntityRows, plans: Sequence[ViewPlan]) -> pa.Schema:
@@ -94,7 +121,7 @@ def with_view_columns(table: pa.Table, entities: EntityRows, plan: ViewPlan, i: 
     for j, (name, column) in enumerate(plan.join_keys):
         source = pa.chunked_array([], plan.source.schema.field(column).type)
         left, right = same_type(entities.table[name], source, name)
-        table = table.append_column(f"v{i}_k{j}", left)
+        table = table.append_column(f"v{i}_k{j}", left.cast(carried(left.type)))
         kinds.append(right.type)
     moments = in_unit(entities.moments, entities.unit, common_unit(entities, plan))
     return table.append_column(f"v{i}_t", pa.array(moments)), kinds
@@ -106,36 +133,36 @@ def view_reader(
     """The view's source as the relation that the SQL expects, read as it is consumed."""
     unit = common_unit(entities, plan)
     columns = [*plan.index_columns, *(column for column, _ in plan.features)]
-    fields = [pa.field(f"k{j}", kind) for j, kind in enumerate(kinds)]
+    fields = [pa.field(f"k{j}", carried(kind)) for j, kind in enumerate(kinds)]
     fields += [pa.field(name, pa.int64()) for name in ("t", *(["c"] if plan.created else []), "p")]
-    fields += [pa.field(f"f{m}", plan.source.schema.field(column).type) for m, (column, _) in enumerate(plan.features)]
+    fields += [pa.field(f"f{m}", carried(plan.source.schema.field(column).type)) for m, (column, _) in enumerate(plan.features)]
     schema = pa.schema(fields)
     source = plan.source
     if entities.table.num_rows:
         moments = in_unit(entities.moments, entities.unit, unit)
         source = source.within(plan.timestamp, wanted_range(moments, plan.ttl, unit))
-    return pa.RecordBatchReader.from_batches(schema, guarded(view_batches(source, plan, columns, unit, schema), failures))
+    return pa.RecordBatchReader.from_batches(schema, guarded(view_batches(source, plan, columns, kinds, unit, schema), failures))
 
 
 def view_batches(
-    source: ParquetSource, plan: ViewPlan, columns: list[str], unit: str, schema: pa.Schema
+    source: ParquetSource, plan: ViewPlan, columns: list[str], kinds: list[pa.DataType], unit: str, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     begin = 0
     for batch in source.batches(columns, ROWS_PER_BATCH):
         table = pa.Table.from_batches([batch])
         values: list[Any] = []
-        for j, (name, column) in enumerate(plan.join_keys):
-            values.append(cast_key(table[column], schema.field(f"k{j}").type, name))
+        for kind, (name, column) in zip(kinds, plan.join_keys, strict=True):
+            values.append(cast_key(table[column], kind, name))
         values += [stamps(table[column], column, unit, source.location) for column in (plan.timestamp, plan.created) if column]
         values.append(np.arange(begin, begin + table.num_rows))
-        values += [table[column] for column, _ in plan.features]
+        values += [table[column].cast(schema.field(f"f{m}").type) for m, (column, _) in enumerate(plan.features)]
         begin += table.num_rows
         yield from pa.table(values, schema=schema).combine_chunks().to_batches()
 
 
 def cast_key(values: pa.ChunkedArray, kind: pa.DataType, name: str) -> pa.ChunkedArray:
     try:
-        return plain(values).cast(kind)
+        return plain(values).cast(kind).cast(carried(kind))
     except pa.ArrowInvalid as error:
         raise DataError(
             f"Join key {name!r} of the source does not fit {kind}: {error}. Give the entity rows and the source one type."
@@ -155,13 +182,12 @@ def standalone_sql(entities: EntityRows, plans: Sequence[ViewPlan], as_known: bo
     shapes = []
     for i, plan in enumerate(plans):
         extra += [f"{quoted(name)} AS v{i}_k{j}" for j, (name, _) in enumerate(plan.join_keys)]
-        extra.append(f"{microseconds(entities.timestamp, zoned=True)} AS v{i}_t")
+        extra.append(f"{typed_microseconds(entities.timestamp, entities.given)} AS v{i}_t")
         selected = [f"{quoted(column)} AS k{j}" for j, (_, column) in enumerate(plan.join_keys)]
         selected += [f"{source_microseconds(plan.source, plan.timestamp)} AS t", "row_number() OVER () AS p"]
         selected += [f"{source_microseconds(plan.source, plan.created)} AS c"] if plan.created else []
         selected += [f"{quoted(column)} AS f{m}" for m, (column, _) in enumerate(plan.features)]
-        files = files_sql(plan.source.addresses)
-        steps.append(f"view_{i} AS (SELECT {', '.join(selected)} FROM {files})")
+        steps.append(f"view_{i} AS (SELECT {', '.join(selected)} FROM {relation_sql(plan.source)})")
         ttl = span(plan.ttl, "us") if plan.ttl else None
         shapes.append(ViewShape(len(plan.join_keys), len(plan.features), plan.created is not None, ttl, as_known))
     rows = f"entities AS (SELECT {', '.join([*columns, *extra])} FROM entity_df)"
@@ -170,8 +196,23 @@ def standalone_sql(entities: EntityRows, plans: Sequence[ViewPlan], as_known: bo
 
 
 def source_microseconds(source: ParquetSource, column: str) -> str:
-    kind = source.schema.field(column).type
+    return typed_microseconds(column, source.schema.field(column).type)
+
+
+def typed_microseconds(column: str, kind: pa.DataType) -> str:
+    if is_text(kind):
+        return text_microseconds(column)
     return microseconds(column, zoned=pa.types.is_timestamp(kind) and kind.tz is not None)
+
+
+def relation_sql(source: ParquetSource) -> str:
+    """The source's files as DuckDB reads them, with the same columns as we do."""
+    types = {key: "BIGINT" if pa.types.is_int64(kind) else "VARCHAR" for key, kind in source.hive_types.items()}
+    held = {name for file in source.files for name in file.schema.names} & set(types)
+    values = [dict(file.hive) for file in source.files]
+    if not held and all(set(v) == set(types) for v in values):
+        return files_sql(source.addresses, types)
+    return uneven_files_sql(source.addresses, types, values, held)
 
 
 def source_sql(
@@ -186,7 +227,7 @@ def source_sql(
     """The rows of a source in a period, or the latest of each key, as DuckDB SQL."""
     limits = period.range("us")
     moment = source_microseconds(source, timestamp)
-    sql = f"SELECT {', '.join(quoted(c) for c in columns)}\nFROM {files_sql(source.addresses)}"
+    sql = f"SELECT {', '.join(quoted(c) for c in columns)}\nFROM {relation_sql(source)}"
     sql += f"\nWHERE {moment} BETWEEN {limits.first} AND {limits.last}"
     if not latest_only:
         return sql

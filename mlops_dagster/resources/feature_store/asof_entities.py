@@ -1,6 +1,8 @@
 """Entity rows that are not given as a frame: those of a SQL query, and those that the sources themselves hold."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +13,7 @@ from mlops_dagster.resources.feature_store.asof_plan import EntityRows, ViewPlan
 from mlops_dagster.resources.feature_store.asof_settings import Settings
 from mlops_dagster.resources.feature_store.asof_source import ParquetSource
 from mlops_dagster.resources.feature_store.asof_time import as_numpy, finest, in_unit, in_utc, times
+from mlops_dagster.resources.feature_store.asof_types import carried
 
 EVENT_TIMESTAMP = "event_timestamp"
 
@@ -27,7 +30,7 @@ def entities_of_sql(query: str, plans: Sequence[ViewPlan], settings: Settings) -
             connection.execute("SET file_search_path = ?", [settings.repo_path])
         for plan in plans:
             if plan.name in query:
-                connection.register(plan.name, source_relation(plan.source))
+                connection.register(plan.name, SourceRelation(plan.source))
         try:
             return connection.sql(query).to_arrow_table()
         except duckdb.Error as error:
@@ -37,12 +40,28 @@ def entities_of_sql(query: str, plans: Sequence[ViewPlan], settings: Settings) -
             ) from error
 
 
-def source_relation(source: ParquetSource) -> pa.RecordBatchReader:
-    """All columns of a source, read as they are consumed; times in UTC without a zone, on which DuckDB computes without its ICU extension."""
-    fields = [pa.field(f.name, pa.timestamp(f.type.unit) if pa.types.is_timestamp(f.type) else f.type) for f in source.schema]
-    schema = pa.schema(fields)
-    stream = (b for part in source.batches(schema.names) for b in pa.Table.from_batches([part]).cast(schema).to_batches())
-    return pa.RecordBatchReader.from_batches(schema, stream)
+@dataclass(frozen=True)
+class SourceRelation:
+    """All columns of a source, read anew each time that a query scans it, as it is consumed.
+
+    Times are in UTC without a zone, on which DuckDB computes without its ICU extension.
+    """
+
+    source: ParquetSource
+
+    def __arrow_c_stream__(self, requested_schema: Any = None) -> Any:
+        """A new stream by Arrow's PyCapsule protocol (https://arrow.apache.org/docs/format/CDataInterface/PyCapsuleInterface.html)."""
+        schema = pa.schema([pa.field(f.name, queried(f.type)) for f in self.source.schema])
+        parts = (pa.Table.from_batches([part]) for part in self.source.batches(schema.names))
+        stream = (batch for part in parts for batch in part.cast(schema).to_batches())
+        return pa.RecordBatchReader.from_batches(schema, stream).__arrow_c_stream__(requested_schema)
+
+
+def queried(kind: pa.DataType) -> pa.DataType:
+    """The type in which a query sees values of `kind`; DuckDB has types of its own for lengths of time and for UUIDs."""
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp(kind.unit)
+    return kind if pa.types.is_duration(kind) or isinstance(kind, pa.BaseExtensionType) else carried(kind)
 
 
 def entities_of_period(plans: Sequence[ViewPlan], period: Period, threads: int) -> EntityRows:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mlops_dagster.core.errors import DataError
 from mlops_dagster.resources.feature_store.asof_time import LEAST, MOST, as_numpy
+from mlops_dagster.resources.feature_store.asof_types import comparable
 
 NO_ROW = -1
 NO_KEY = -1
@@ -71,10 +73,9 @@ def family(kind: pa.DataType) -> str:
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Without dictionary encoding, and text as large_string (a pandas category or string dtype joins as its values)."""
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    return values.cast(pa.large_string()) if is_text(values.type) else values
+    """In the type in which keys are compared (a pandas category or string dtype joins as its values)."""
+    kind = comparable(values.type)
+    return values if values.type == kind else values.cast(kind)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -86,10 +87,17 @@ def column_codes(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Codes:
         offsets = integer_offsets(as_numpy(left).astype(np.int64, copy=False), as_numpy(right).astype(np.int64, copy=False))
         if offsets:
             return offsets
-    both = pa.chunked_array([*left.chunks, *right.chunks], left.type).combine_chunks()
+    both = equal_zeros(pa.chunked_array([*left.chunks, *right.chunks], left.type)).combine_chunks()
     encoded = both.dictionary_encode()
     indices = encoded.indices.fill_null(NO_KEY).to_numpy(zero_copy_only=False).astype(np.int64)
     return Codes(indices[: len(left)], indices[len(left) :], max(len(encoded.dictionary), 1))
+
+
+def equal_zeros(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Floats with -0.0 as 0.0, for both are one key, as they are in SQL."""
+    if not pa.types.is_floating(values.type):
+        return values
+    return pc.add(values.cast(pa.float64()), 0.0)  # pyright: ignore[reportAttributeAccessIssue] (made at run time)
 
 
 def with_null_key(codes: Codes) -> Codes:

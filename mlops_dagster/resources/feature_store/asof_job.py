@@ -12,7 +12,7 @@ from feast.on_demand_feature_view import OnDemandFeatureView
 from feast.saved_dataset import SavedDatasetStorage
 
 from mlops_dagster.core.errors import DataError
-from mlops_dagster.resources.feature_store.asof_query import Query
+from mlops_dagster.resources.feature_store.asof_query import Query, batches_of
 from mlops_dagster.resources.feature_store.asof_settings import Settings
 from mlops_dagster.resources.feature_store.asof_write import save_dataset
 
@@ -69,18 +69,20 @@ class AsofRetrievalJob(RetrievalJob):
         if not self._on_demand_feature_views:
             yield from self._query.batches()
             return
+        empty, some = None, False
         for batch in self._query.batches():
-            yield from (
-                AsofRetrievalJob(
-                    OneTable(pa.Table.from_batches([batch])),
-                    self._settings,
-                    self._full_feature_names,
-                    self._on_demand_feature_views,
-                    self._metadata,
-                )
-                .to_arrow()
-                .to_batches()
-            )
+            if batch.num_rows:
+                some = True
+                yield from self._with_on_demand(batch)
+            else:
+                empty = batch
+        if empty is not None and not some:
+            yield from self._with_on_demand(empty)
+
+    def _with_on_demand(self, batch: pa.RecordBatch) -> list[pa.RecordBatch]:
+        table = OneTable(pa.Table.from_batches([batch]))
+        views = self._on_demand_feature_views
+        return batches_of(AsofRetrievalJob(table, self._settings, self._full_feature_names, views, self._metadata).to_arrow())
 
     def to_pandas_batches(self) -> Iterator[pd.DataFrame]:
         """The answer as pandas frames, batch by batch."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow as pa
 from feast.feature_view import DUMMY_ENTITY_ID, FeatureView
 from feast.infra.offline_stores.offline_utils import DEFAULT_ENTITY_DF_EVENT_TIMESTAMP_COL
 from feast.infra.registry.base_registry import BaseRegistry
+from feast.types import String
 from feast.utils import _get_requested_feature_views_to_features_dict, _get_requested_on_demand_feature_views
 
 from mlops_dagster.core.errors import DataError
@@ -22,10 +23,14 @@ from mlops_dagster.resources.feature_store.asof_time import in_utc, time_unit, t
 
 @dataclass(frozen=True)
 class EntityRows:
-    """The rows to complete, in the caller's order; `table[timestamp]` has no null and the zone UTC."""
+    """The rows to complete, in the caller's order; `table[timestamp]` has no null and the zone UTC.
+
+    `given` is the type in which the caller's column has the times.
+    """
 
     table: pa.Table
     timestamp: str
+    given: pa.DataType = field(default_factory=lambda: pa.timestamp("us", "UTC"))
 
     @property
     def unit(self) -> str:
@@ -75,7 +80,8 @@ def entity_rows(frame: Any) -> EntityRows:
             f"{timestamp!r} is null in {column.null_count} of {len(column)} entity rows (the first is row {first}). "
             "A feature's value needs a time: fill it in, or drop those rows."
         )
-    return EntityRows(table.set_column(table.column_names.index(timestamp), timestamp, in_utc(column)), timestamp)
+    given = table.schema.field(timestamp).type
+    return EntityRows(table.set_column(table.column_names.index(timestamp), timestamp, in_utc(column)), timestamp, given)
 
 
 def frame_to_arrow(frame: pd.DataFrame) -> pa.Table:
@@ -130,7 +136,8 @@ def view_plans(
 
 
 def view_plan(view: FeatureView, features: list[str], full_feature_names: bool, repo_path: Path | str | None) -> ViewPlan:
-    source = open_source(view.batch_source, repo_path, view.name)
+    text = frozenset(column.name for column in (*view.entity_columns, *view.features) if column.dtype == String)
+    source = replace(open_source(view.batch_source, repo_path, view.name), text=text)
     batch = view.batch_source
     assert batch is not None
     prefix = f"{view.projection.name_alias or view.name}__" if full_feature_names else ""
@@ -147,6 +154,7 @@ def view_plan(view: FeatureView, features: list[str], full_feature_names: bool, 
         features=tuple((source.column(f, f"feature {purpose}"), prefix + f) for f in features),
     )
     assert plan.units
+    source.in_every_file(plan.index_columns)
     return plan
 
 

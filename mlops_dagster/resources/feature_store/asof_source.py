@@ -1,11 +1,14 @@
 """Parquet behind a Feast `FileSource`: one file, a folder of files, local or `s3://`."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -17,20 +20,22 @@ from feast.infra.offline_stores.file_source import FileSource
 
 from mlops_dagster.core.errors import DataError, StorageError
 from mlops_dagster.resources.feature_store.asof_time import TimeRange, in_unit
+from mlops_dagster.resources.feature_store.asof_types import takeable
 
 ROWS_AT_ONCE = 1 << 20
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
 class ParquetFile:
-    """One opened Parquet file and those of its row groups that may hold wanted rows."""
+    """One opened Parquet file, those of its row groups that may hold wanted rows, and what its folders (`key=value`) say of all of them."""
 
     path: str
     filesystem: pafs.FileSystem
     metadata: pq.FileMetaData
     schema: pa.Schema
     groups: tuple[int, ...]
-    hive: tuple[tuple[str, str], ...] = ()
+    hive: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -46,22 +51,37 @@ class ParquetFile:
 class ParquetSource:
     """What can be read from one `FileSource`. The order of rows is that of the sorted file names, then of the rows in each file.
 
+    `text` are the columns, as Feast calls them, that are declared to be text.
+
     Raises `DataError` when a file is missing, empty, truncated or lacks a column; `StorageError` when the store cannot be reached.
     """
 
     location: str
     files: tuple[ParquetFile, ...]
     field_mapping: dict[str, str] = field(default_factory=dict)
+    text: frozenset[str] = frozenset()
 
     @cached_property
     def schema(self) -> pa.Schema:
-        schemas = [with_hive_columns(f.schema, f.hive) for f in self.files]
+        schemas = [with_hive_columns(f.schema, f.hive, self.hive_types) for f in self.files]
         try:
             return pa.unify_schemas(schemas, promote_options="permissive") if len(schemas) > 1 else schemas[0]
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise DataError(
                 f"The files of {self.location!r} disagree on a column's type: {error}. Rewrite them with one schema."
             ) from error
+
+    @cached_property
+    def hive_types(self) -> dict[str, pa.DataType]:
+        """The types of the folders' keys: int64 where every value is a whole number (as DuckDB and pyarrow have it), else text.
+
+        A key that is declared to be text stays text, for `zip=01234` is not 1234.
+        """
+        values: dict[str, list[str]] = {}
+        for key, value in (pair for f in self.files for pair in f.hive):
+            values.setdefault(key, []).extend([] if value is None else [value])
+        whole = {k for k, found in values.items() if found and all(map(is_int64, found))}
+        return {k: pa.int64() if k in whole and self.field_mapping.get(k, k) not in self.text else pa.string() for k in values}
 
     @property
     def rows(self) -> int:
@@ -93,10 +113,21 @@ class ParquetSource:
                 f"{self.location!r} has no column {name!r}. It has {sorted(self.schema.names)}. Add it, or correct the feature view."
             )
 
+    def in_every_file(self, columns: Sequence[str]) -> None:
+        """Raises `DataError` where a file with rows lacks one of `columns`: null keys and times would keep those rows from every join."""
+        for file in self.files:
+            present = {*file.schema.names, *dict(file.hive)}
+            missing = [c for c in columns if c not in present]
+            if missing and file.metadata.num_rows:
+                raise DataError(
+                    f"{file.path!r} has no column {missing[0]!r}, which other files of {self.location!r} have and by which rows are joined. "
+                    "Add the column to that file, or take the file away."
+                )
+
     def within(self, column: str, wanted: TimeRange) -> "ParquetSource":
         """The same without the row groups whose statistics say that no row of theirs lies in `wanted`."""
         kept = [replace(f, groups=tuple(g for g in f.groups if may_hold(f, g, column, wanted))) for f in self.files]
-        return ParquetSource(self.location, tuple(kept), self.field_mapping)
+        return replace(self, files=tuple(kept))
 
     def read(self, columns: Sequence[str], threads: int) -> pa.Table:
         """The named columns of all rows, as one table."""
@@ -115,7 +146,7 @@ class ParquetSource:
             try:
                 stream = file.reader().iter_batches(rows, row_groups=list(file.groups), columns=names, use_threads=False)
                 for batch in stream if file.groups else ():
-                    table = shaped(pa.Table.from_batches([batch]), schema, file.hive)
+                    table = shaped(pa.Table.from_batches([batch]), schema, file)
                     yield from table.combine_chunks().to_batches()
             except (OSError, pa.ArrowInvalid) as error:
                 raise damaged(file.path, error) from error
@@ -138,7 +169,7 @@ class ParquetSource:
             table = file.reader().read_row_groups(list(file.groups), columns=names, use_threads=use_threads)
         except (OSError, pa.ArrowInvalid) as error:
             raise damaged(file.path, error) from error
-        return shaped(table, schema, file.hive)
+        return shaped(table, schema, file)
 
 
 def open_source(source: DataSource | None, repo_path: Path | str | None, view: str = "") -> ParquetSource:
@@ -186,7 +217,9 @@ def list_files(filesystem: pafs.FileSystem, path: str, location: str) -> list[st
 
 def hidden(name: str, root: str) -> bool:
     parts = name[len(root) :].strip("/").split("/")
-    return any(p.startswith((".", "_")) and "=" not in p for p in parts) or not parts[-1].endswith((".parquet", ".parq", ".pq"))
+    return any(p.startswith((".", "_")) and "=" not in p for p in parts) or not parts[-1].lower().endswith(
+        (".parquet", ".parq", ".pq")
+    )
 
 
 def open_file(filesystem: pafs.FileSystem, name: str, root: str) -> ParquetFile:
@@ -195,33 +228,54 @@ def open_file(filesystem: pafs.FileSystem, name: str, root: str) -> ParquetFile:
     except (OSError, pa.ArrowInvalid) as error:
         raise damaged(name, error) from error
     folders = name[len(root) :].strip("/").split("/")[:-1]
-    hive = tuple((key, value) for key, found, value in (f.partition("=") for f in folders) if found)
-    return ParquetFile(name, filesystem, handle.metadata, handle.schema_arrow, tuple(range(handle.metadata.num_row_groups)), hive)
+    pairs = ((unquote(key), value) for key, found, value in (f.partition("=") for f in folders) if found)
+    hive = tuple({key: None if value == HIVE_NULL else unquote(value) for key, value in pairs}.items())
+    schema = handle.schema_arrow
+    twice = [column for column, n in Counter(schema.names).items() if n > 1]
+    if twice:
+        raise DataError(f"{name!r} has more than one column named {twice}. Write the file again with one column of each name.")
+    return ParquetFile(name, filesystem, handle.metadata, schema, tuple(range(handle.metadata.num_row_groups)), hive)
+
+
+def is_int64(text: str) -> bool:
+    return re.fullmatch("-?[0-9]{1,19}", text) is not None and -(2**63) <= int(text) < 2**63
 
 
 def damaged(name: str, error: Exception) -> DataError:
     return DataError(f"{name!r} is not a whole Parquet file ({error}). It may be empty or truncated: write it again.")
 
 
-def with_hive_columns(schema: pa.Schema, hive: Sequence[tuple[str, str]]) -> pa.Schema:
-    for key, _ in hive:
-        if key not in schema.names:
-            schema = schema.append(pa.field(key, pa.string()))
-    return schema.remove_metadata()
+def with_hive_columns(schema: pa.Schema, hive: Sequence[tuple[str, str | None]], hive_types: dict[str, pa.DataType]) -> pa.Schema:
+    fields = [field.with_type(takeable(field.type)) for field in schema]
+    return pa.schema([*fields, *(pa.field(key, hive_types[key]) for key, _ in hive if key not in schema.names)])
 
 
-def shaped(table: pa.Table, schema: pa.Schema, hive: Sequence[tuple[str, str]]) -> pa.Table:
+def shaped(table: pa.Table, schema: pa.Schema, file: ParquetFile) -> pa.Table:
     """The table with exactly the columns of `schema`: folder names (`key=value`) become columns, absent columns null."""
-    folders = dict(hive)
+    folders = dict(file.hive)
     columns = []
     for wanted in schema:
         if wanted.name in table.column_names:
-            columns.append(table[wanted.name].cast(wanted.type))
+            columns.append(cast_column(table[wanted.name], wanted, f"{file.path!r} to be read with the files beside it"))
         elif wanted.name in folders:
-            columns.append(pa.repeat(pa.scalar(folders[wanted.name], pa.string()), table.num_rows))
+            columns.append(pa.repeat(pa.scalar(folders[wanted.name], pa.string()).cast(wanted.type), table.num_rows))
         else:
             columns.append(pa.nulls(table.num_rows, wanted.type))
     return pa.table(columns, schema=schema)
+
+
+def cast_column(values: pa.ChunkedArray, wanted: pa.Field, place: str) -> pa.ChunkedArray:
+    """The column in the type of `wanted`. Raises `DataError`, naming `place`, where a value would be lost by it."""
+    if values.type != wanted.type:
+        try:
+            values = values.cast(wanted.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"Column {wanted.name!r} is {values.type} and cannot become {wanted.type} for {place}: {error}. Write it as {wanted.type}."
+            ) from error
+    if not wanted.nullable and values.null_count:
+        raise DataError(f"Column {wanted.name!r} has {values.null_count} nulls, but {place} allows none in it. Fill them in.")
+    return values
 
 
 def may_hold(file: ParquetFile, group: int, column: str, wanted: TimeRange) -> bool:

@@ -4,7 +4,7 @@ The relation `entities` has `e_row` and, for view i, the keys `v{i}_k{j}` and th
 time `t`, the created time `c` (null: never known), the row number `p` and the features `f{m}`. A null key or time joins nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -94,7 +94,39 @@ def microseconds(column: str, zoned: bool) -> str:
     return f"epoch_us(CAST({quoted(column)} AS {'TIMESTAMPTZ' if zoned else 'TIMESTAMP'}))"
 
 
-def files_sql(paths: Sequence[str], extra: str = "") -> str:
-    """DuckDB's reading of these Parquet files."""
-    listed = ", ".join("'" + p.replace("'", "''") + "'" for p in paths)
-    return f"read_parquet([{listed}], union_by_name = true, hive_partitioning = true{extra})"
+def text_microseconds(column: str) -> str:
+    """As `microseconds`, of ISO 8601 text; without an offset it is UTC, whatever the session's zone is."""
+    offset = f"regexp_matches({quoted(column)}, ':.*([Zz]|[+-][0-9:]+)$')"
+    return f"CASE WHEN {offset} THEN {microseconds(column, zoned=True)} ELSE {microseconds(column, zoned=False)} END"
+
+
+def literal(value: str | int | None) -> str:
+    return "NULL" if value is None else str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
+
+
+def files_sql(paths: Sequence[str], hive_types: Mapping[str, str]) -> str:
+    """DuckDB's reading of these Parquet files; every one lies below a folder for each key of `hive_types`."""
+    hive = ", hive_partitioning = false"
+    if hive_types:
+        types = ", ".join(f"{literal(key)}: {kind}" for key, kind in hive_types.items())
+        hive = f", hive_partitioning = true, hive_types = {{{types}}}"
+    return f"read_parquet([{', '.join(map(literal, paths))}], union_by_name = true{hive})"
+
+
+def uneven_files_sql(
+    paths: Sequence[str], hive_types: Mapping[str, str], values: Sequence[Mapping[str, str | int | None]], held: Collection[str]
+) -> str:
+    """As `files_sql`, for files that lie below different keys or hold (`held`) columns of the keys' names, which DuckDB refuses.
+
+    `values` are what each file's folders say.
+    """
+    columns = []
+    for key, kind in hive_types.items():
+        pairs = (f"{literal(p)}: CAST({literal(v[key])} AS {kind})" for p, v in zip(paths, values, strict=True) if key in v)
+        of_folder = f"MAP {{{', '.join(pairs)}}}[filename]"
+        columns.append(
+            f"coalesce({quoted(key)}, {of_folder}) AS {quoted(key)}" if key in held else f"{of_folder} AS {quoted(key)}"
+        )
+    left_out = ", ".join(["filename", *(quoted(key) for key in hive_types if key in held)])
+    files = f"read_parquet([{', '.join(map(literal, paths))}], union_by_name = true, hive_partitioning = false, filename = true)"
+    return f"(SELECT * EXCLUDE ({left_out}), {', '.join(columns)} FROM {files})"

@@ -4,14 +4,16 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 from feast.data_format import ParquetFormat
@@ -19,7 +21,14 @@ from feast.errors import SavedDatasetLocationAlreadyExists
 from feast.infra.offline_stores.file_source import FileLoggingDestination, FileOptions, FileSource
 
 from mlops_dagster.core.errors import DataError, StorageError
-from mlops_dagster.resources.feature_store.asof_source import ROWS_AT_ONCE, damaged, hidden, open_filesystem
+from mlops_dagster.resources.feature_store.asof_source import (
+    HIVE_NULL,
+    ROWS_AT_ONCE,
+    cast_column,
+    damaged,
+    hidden,
+    open_filesystem,
+)
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -60,14 +69,20 @@ def parquet_at(filesystem: pafs.FileSystem, path: str) -> list[str]:
 
 def write_file(batches: Iterator[pa.RecordBatch], filesystem: pafs.FileSystem, path: str) -> None:
     first = next(batches)
+    with pq.ParquetWriter(path, first.schema, filesystem=filesystem) as writer:
+        writer.write_batch(first, row_group_size=ROWS_AT_ONCE)
+        for batch in batches:
+            writer.write_batch(batch, row_group_size=ROWS_AT_ONCE)
+
+
+@contextmanager
+def storage_errors(path: str) -> Iterator[None]:
+    """What a file system raises, as `StorageError`."""
     try:
-        with pq.ParquetWriter(path, first.schema, filesystem=filesystem) as writer:
-            writer.write_batch(first, row_group_size=ROWS_AT_ONCE)
-            for batch in batches:
-                writer.write_batch(batch, row_group_size=ROWS_AT_ONCE)
+        yield
     except OSError as error:
         raise StorageError(
-            f"Cannot write {path!r}: {error}. Check the space, the permissions and the network; nothing was changed."
+            f"Cannot write {path!r}: {error}. Check the space, the permissions and the network; readers find the old data or the new, whole."
         ) from error
 
 
@@ -75,16 +90,23 @@ def write_file(batches: Iterator[pa.RecordBatch], filesystem: pafs.FileSystem, p
 def replacing(filesystem: pafs.FileSystem, path: str) -> Iterator[str]:
     """Gives a temporary name beside `path`; it takes the place of `path` at the end, in one step, or is deleted on an error."""
     folder, _, name = path.rpartition("/")
-    filesystem.create_dir(folder, recursive=True)
     temporary = f"{folder}/.{name}.{uuid.uuid4().hex}"
-    try:
-        yield temporary
-        settle(filesystem, temporary)
-        filesystem.move(temporary, path)
-    except BaseException:
+    with storage_errors(path):
+        filesystem.create_dir(folder, recursive=True)
+        try:
+            yield temporary
+            settle(filesystem, temporary)
+            filesystem.move(temporary, path)
+        except BaseException:
+            discard(filesystem, temporary)
+            raise
+
+
+def discard(filesystem: pafs.FileSystem, temporary: str) -> None:
+    """Deletes what is left of a failed write; where even that fails, the name is one that readers pass over."""
+    with suppress(OSError):
         if filesystem.get_file_info(temporary).type != pafs.FileType.NotFound:
             filesystem.delete_file(temporary)
-        raise
 
 
 def settle(filesystem: pafs.FileSystem, path: str) -> None:
@@ -95,24 +117,35 @@ def settle(filesystem: pafs.FileSystem, path: str) -> None:
 
 
 def replace_folder(batches: Iterator[pa.RecordBatch], filesystem: pafs.FileSystem, path: str, old: list[str]) -> list[str]:
+    """The folder with the new dataset alone. An object store cannot swap folders: there the new file comes whole before the old ones go."""
     part = "part-0.parquet"
     if not isinstance(filesystem, pafs.LocalFileSystem):
-        with replacing(filesystem, f"{path}/{uuid.uuid4().hex}-{part}") as temporary:
+        new = f"{path}/{uuid.uuid4().hex}-{part}"
+        with replacing(filesystem, new) as temporary:
             write_file(batches, filesystem, temporary)
-            for name in old:
-                filesystem.delete_file(name)
-        return parquet_at(filesystem, path)
+        delete_old(filesystem, old, new)
+        return [new]
     folder, _, name = path.rpartition("/")
     staged = f"{folder}/.{name}.{uuid.uuid4().hex}"
-    filesystem.create_dir(staged, recursive=True)
-    try:
-        write_file(batches, filesystem, f"{staged}/{part}")
-        settle(filesystem, f"{staged}/{part}")
-        swap_folders(staged, path)
-    finally:
-        if os.path.isdir(staged):
-            filesystem.delete_dir(staged)
+    with storage_errors(path):
+        filesystem.create_dir(staged, recursive=True)
+        try:
+            write_file(batches, filesystem, f"{staged}/{part}")
+            settle(filesystem, f"{staged}/{part}")
+            swap_folders(staged, path)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
     return [f"{path}/{part}"]
+
+
+def delete_old(filesystem: pafs.FileSystem, old: list[str], new: str) -> None:
+    for i, name in enumerate(old):
+        try:
+            filesystem.delete_file(name)
+        except OSError as error:
+            raise StorageError(
+                f"{new!r} is written, but the files that it replaces cannot be deleted: {error}. Readers see both: delete {old[i:]}."
+            ) from error
 
 
 def swap_folders(new: str, place: str) -> None:
@@ -129,18 +162,20 @@ def swap_folders(new: str, place: str) -> None:
     os.rename(aside, new)
 
 
-def append_rows(source: FileSource, table: pa.Table, repo_path: Path | str | None) -> None:
-    """Adds rows to a source: a new file in a folder, or the one file written anew with them at its end.
+def append_rows(source: FileSource, rows: pa.Table, schema: pa.Schema, repo_path: Path | str | None) -> None:
+    """Adds rows, in the types of `schema`, to a source: a new file in a folder, or the one file written anew with them at its end.
 
-    In a folder the file's name is the hash of the rows, so that writing the same batch again changes nothing.
+    In a folder the file's name is the hash of the rows, so that writing the same batch again changes nothing. Raises `DataError` for a column
+    whose values do not fit its type.
     """
+    table = pa.table([cast_column(rows[field.name], field, repr(source.path)) for field in schema], schema=schema)
     location = FileSource.get_uri_for_file_path(repo_path, source.path)
     filesystem, path = open_filesystem(location, source.s3_endpoint_override, source.resolve_credentials())
     if filesystem.get_file_info(path).type == pafs.FileType.Directory:
         with replacing(filesystem, f"{path.rstrip('/')}/{content_hash(table)}.parquet") as temporary:
             pq.write_table(table, temporary, filesystem=filesystem, row_group_size=ROWS_AT_ONCE)
         return
-    with one_writer(filesystem, path), replacing(filesystem, path) as temporary:
+    with storage_errors(path), one_writer(filesystem, path), replacing(filesystem, path) as temporary:
         rewrite_with(table, filesystem, path, temporary)
 
 
@@ -177,7 +212,9 @@ def content_hash(table: pa.Table) -> str:
 
 
 def write_logs(data: pa.Table | Path, destination: FileLoggingDestination, repo_path: Path | str | None) -> None:
-    """Adds a chunk of logged features to a folder; each file appears whole. Partition columns become folders `column=value`."""
+    """Adds a chunk of logged features to a folder; each file appears whole. Partition columns become folders `column=value`, as Hive and
+    pyarrow write them: values percent-encoded, null as `__HIVE_DEFAULT_PARTITION__`.
+    """
     table = pq.read_table(data) if isinstance(data, Path) else data
     location = FileSource.get_uri_for_file_path(repo_path, destination.path)
     filesystem, path = open_filesystem(location, destination.s3_endpoint_override)
@@ -191,10 +228,17 @@ def partitions(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[list[s
     if not columns:
         yield [], table
         return
-    kinds: list[Any] = table.select(list(columns)).group_by(list(columns)).aggregate([]).to_pylist()
-    for values in kinds:
-        chosen = table
-        for column, value in values.items():
-            test = pads.field(column).is_null() if value is None else pads.field(column) == value
-            chosen = chosen.filter(test)
-        yield [f"{column}={value}" for column, value in values.items()], chosen.drop_columns(list(columns))
+    missing = [c for c in columns if c not in table.column_names]
+    if missing:
+        raise DataError(f"The logged features have no column {missing[0]!r} of partition_by; they have {table.column_names}.")
+    names = [f"c{i}" for i in range(len(columns))]
+    keys = pa.table([*(table[c] for c in columns), np.arange(table.num_rows)], names=[*names, "row"])
+    rest = table.drop_columns(list(columns))
+    groups: list[Any] = keys.group_by(names, use_threads=False).aggregate([("row", "list")]).to_pylist()
+    for group in groups:
+        folders = [f"{quote(c, safe='')}={folder_value(group[name])}" for c, name in zip(columns, names, strict=True)]
+        yield folders, rest.take(pa.array(group["row_list"]))
+
+
+def folder_value(value: Any) -> str:
+    return HIVE_NULL if value is None else quote(str(value), safe="")
