@@ -9,6 +9,8 @@ from mlops_dagster.core.ledger import APPROVAL, REJECTION, NewEntry, chain_hash
 from mlops_dagster.resources.ledger import Ledger
 from mlops_dagster.resources.registry import Approval, ApprovalState, Registry, Version, approval_state, evidence_hash
 
+UNNAMED = "registry UI"
+"""Who decided, where a decision set in the registry's UI has no name."""
 LOOK_AGAIN = dt.timedelta(minutes=1)
 """How long the refusal of an approval set in the registry stands before its reason, the stored bytes among others, is looked at again."""
 
@@ -35,14 +37,20 @@ def decide(registry: Registry, ledger: Ledger, model: str, number: int, approval
     be read now.
     """
     version = find(registry, model, number)
-    author = version.tags.get("author")
-    if approval.decision == "approved" and version.tags.get("four_eyes") == "true" and approval.by == author:
-        raise ApprovalError(
-            f"{model} asks for four eyes: {author!r} made version {number}, so somebody else must approve it (--by)"
-        )
+    if approval.decision == "approved" and version.tags.get("four_eyes") == "true":
+        _require_four_eyes(version, approval.by)
     decided = registry.record_approval(model, number, approval)
     record(ledger, decided)
     return decided
+
+
+def _require_four_eyes(version: Version, by: str | None) -> None:
+    author = version.tags.get("author", "")
+    if (by or "").strip().casefold() in (author.strip().casefold(), UNNAMED.casefold()):
+        raise ApprovalError(
+            f"{version.model} asks for four eyes: {author!r} made version {version.number}, so somebody else must approve it, and by "
+            f"name ({by!r} is given): --by, or the tag mlops.approved_by"
+        )
 
 
 def record(ledger: Ledger, version: Version) -> None:
@@ -110,7 +118,7 @@ def _bound(registry: Registry, ledger: Ledger, version: Version, now: dt.datetim
     until, _ = _REFUSED.get(key, (now, ""))
     if now < until:
         return version
-    by = version.approval.by or "registry UI"
+    by = version.approval.by or UNNAMED
     try:
         decided = decide(registry, ledger, version.model, version.number, Approval("approved", by, now, version.approval.reason))
     except (ApprovalError, ArtifactError, StorageError) as error:

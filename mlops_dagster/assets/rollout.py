@@ -100,9 +100,10 @@ def policy_of(spec: ModelSpec) -> RolloutPolicy:
     )
 
 
-def rollout_id(version: Version) -> str:
-    """The same approval gives the same rollout."""
-    return f"{version.model}-{version.number}-{version.registered_hash[:12]}"
+def rollout_id(version: Version, before: int = 0) -> str:
+    """The same approval gives the same rollout; `before`: how many this version had, where a person starts one more."""
+    again = f"/again/{before}" if before else ""
+    return f"{version.model}-{version.number}-{version.registered_hash[:12]}{again}"
 
 
 def current(parts: Parts, model: str) -> RolloutState | None:
@@ -127,11 +128,27 @@ def waiting(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Version | None:
     return None if parts.ledger.find(f"rollout/{rollout_id(newest)}/0") else newest
 
 
-def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime) -> Tick:
-    """Begin the rollout of an approved version; one that runs already is superseded first."""
+def chosen(parts: Parts, spec: ModelSpec, number: int, now: dt.datetime) -> Version:
+    """The approved version that a person wants to bring in, also once more. Raises NotFoundError, or RolloutError where it may not be."""
+    valid = {v.number: v for v in approvals.adopt(parts.registry, parts.ledger, spec.name, now)}
+    version = approvals.find(parts.registry, spec.name, number)
+    if number not in valid:
+        raise RolloutError(f"version {number} of {spec.name} is not approved as it is now; approve it with `mlops approve` first")
+    state = current(parts, spec.name)
+    if state is not None and not state.phase.final and state.candidate == str(number):
+        raise RolloutError(f"version {number} of {spec.name} is being brought in already: {state.phase}")
+    return version
+
+
+def start(parts: Parts, spec: ModelSpec, version: Version, now: dt.datetime, again: bool = False) -> Tick:
+    """Begin the rollout of an approved version, `again` where it had one already; one that runs is superseded first."""
     running = current(parts, spec.name)
-    champion = champion_of(running)
-    state, action = engine.begin(rollout_id(version), spec.name, champion, str(version.number), policy_of(spec), now)
+    champion, before = champion_of(running), 0
+    if again:
+        base = f"rollout/{rollout_id(version)}/"
+        told = (entry.key for entry in parts.ledger.entries(spec.name) if entry.key.startswith(base) and "/back" not in entry.key)
+        before = sum(key.endswith("/0") for key in told)
+    state, action = engine.begin(rollout_id(version, before), spec.name, champion, str(version.number), policy_of(spec), now)
     if running is not None and not running.phase.final:
         command(parts, spec, Command("supersede", reason=f"version {version.number} is approved"), now)
     return _record(parts, spec, None, state, action, None, now)
@@ -171,7 +188,11 @@ def roll_back(parts: Parts, spec: ModelSpec, wanted: Command, now: dt.datetime, 
         raise RolloutError(f"rollout {state.rollout_id} is over ({state.phase}) and has nothing to undo{serves}.")
     why = f"rollback by {wanted.actor}: {wanted.reason}".rstrip(": ")
     new, action = engine.way_back(found.promotion, policy_of(spec), now, why, found.ways_back)
-    return _record(parts, spec, None, new, action, wanted, now)
+    begun = _record(parts, spec, None, new, action, wanted, now)
+    trouble: list[str] = []
+    with _noted(trouble):  # a version that is still warm serves now; one that must start first is the sensor's
+        begun = replace(tick(parts, spec, now) or begun, changed=True)
+    return replace(begun, trouble="; ".join(trouble)) if trouble else begun
 
 
 def tick(parts: Parts, spec: ModelSpec, now: dt.datetime) -> Tick | None:
@@ -259,6 +280,8 @@ def options_of(parts: Parts, spec: ModelSpec) -> ServingOptions:
         feature_repo=str(repo),
         time_zone=spec.source.partitions.timezone,
         grace_seconds=min(spec.rollout.keep_warm_seconds, 300.0),
+        timeout_seconds=spec.serving.timeout_seconds,
+        requests_per_second=spec.serving.requests_per_second,
     )
 
 
@@ -335,8 +358,9 @@ def _verdict(parts: Parts, spec: ModelSpec, state: RolloutState, now: dt.datetim
     judged = replace(judged, evidence={**judged.evidence, **_described(parts, spec, state)})
     if problem is not None and judged.outcome is not Outcome.FAIL:
         return replace(judged, outcome=Outcome.ERROR, reasons=(problem,))
-    if step.routes.match is not None and judged.outcome is not Outcome.FAIL and judged.requests < step.minimum_requests:
-        # No caller reaches a preview by weight: what it must answer before the switch are our own requests.
+    preview = step.routes.match is not None and step.routes.mirror is None
+    if preview and judged.outcome is not Outcome.FAIL and judged.requests < step.minimum_requests:
+        # No caller reaches this preview by weight: what it must answer before the switch are our own requests.
         wrong = smoke_failures(parts, spec, state.candidate, step.minimum_requests - judged.requests)
         if wrong:
             return Verdict(Outcome.FAIL, tuple(f"preview: {failure}" for failure in wrong))

@@ -94,7 +94,9 @@ def way_back(
     if done.champion is None:
         raise RolloutError(f"{done.model} has nothing to go back to: version {done.candidate} was its first deployment.")
     if done.strategy == WAY_BACK:
-        raise RolloutError(f"{done.model} went back to version {done.candidate} already: start a rollout to change it again.")
+        raise RolloutError(
+            f"{done.model} went back to version {done.candidate} already: start the rollout of a version to change it again."
+        )
     again = f"/{failed + 1}" if failed else ""
     return _begin(f"{done.rollout_id}/back{again}", done.model, done.candidate, done.champion, (), WAY_BACK, now, reason)
 
@@ -128,6 +130,8 @@ def refusal(state: RolloutState, command: Command) -> str | None:
         return f"rollout {state.rollout_id} is {state.phase}, neither paused nor held: there is nothing to resume."
     if command.name == "promote" and state.step < 0:
         return f"version {state.candidate} is not ready to serve yet: wait until its server is, or abort."
+    if command.name == "rollback" and state.strategy == WAY_BACK:
+        return f"{state.model} is going back to version {state.candidate} already; abort to stay with version {state.champion}."
     if command.name == "rollback" and state.champion is None:
         return f"{state.model} has nothing to go back to: version {state.candidate} is its first. Use abort to give it up."
     return None

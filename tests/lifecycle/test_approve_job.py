@@ -67,6 +67,7 @@ def test_a_rejection_is_final(registry: MlflowRegistry, ledger: LedgerResource) 
     ("config", "message"),
     [
         ({"version": 1, "by": "ann"}, "double asks for four eyes: 'ann' made version 1, so somebody else must approve it"),
+        ({"version": 1, "by": " Ann "}, "somebody else must approve it, and by name ('Ann' is given)"),
         ({"version": 9, "by": "ben"}, "double has no version 9; it has: 1, 2"),
         ({"version": 1, "by": " "}, "version 1: an approval needs"),
     ],
@@ -83,6 +84,8 @@ def test_a_refused_decision_says_why_and_leaves_nothing(
 
 def test_a_tag_set_in_the_registrys_ui_counts_and_keeps_four_eyes(registry: MlflowRegistry, ledger: LedgerResource) -> None:
     client, now = connect(registry.tracking_uri), dt.datetime(2024, 5, 1, tzinfo=dt.UTC)
+    client.set_model_version_tag(MODEL, "1", "mlops.approval", "approved")
+    assert approvals.adopt(registry, ledger, MODEL, now) == [], "nobody is not somebody else"
     for version, by in (("1", "ben"), ("2", "ann")):
         client.set_model_version_tag(MODEL, version, "mlops.approved_by", by)
         client.set_model_version_tag(MODEL, version, "mlops.approval", "approved")

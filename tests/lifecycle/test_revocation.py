@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -13,14 +14,15 @@ from mlops_dagster.assets import live_performance, rollout
 from mlops_dagster.assets.deployment import until_started
 from mlops_dagster.assets.lake_paths import canonical, day_key
 from mlops_dagster.assets.rollout import Parts, Tick
-from mlops_dagster.core.errors import RolloutError
+from mlops_dagster.core.errors import NotFoundError, RolloutError
 from mlops_dagster.core.rollout import Command, Phase, RolloutState
 from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.registry.mlflow_registry import MlflowRegistry
+from mlops_dagster.resources.serving import Arm
 from mlops_dagster.resources.serving.state import free_port
 from mlops_dagster.resources.tracking.mlflow_connection import connect
 from tests.lifecycle.rollout_site import add_version, site, spec_of
-from tests.serving.gateway_hosts import eventually
+from tests.serving.gateway_hosts import eventually, pid_of
 
 ROWS = 400
 FIRST = dt.date(2024, 1, 1)
@@ -177,17 +179,25 @@ def test_asked_twice_to_end_a_rollout_the_promotion_before_it_stays(parts: Parts
         rollout.roll_back(parts, spec, wanted, now())
     with pytest.raises(RolloutError, match="version 3 of twice_model is not what a rollback would undo now: that is version 2"):
         rollout.roll_back(parts, spec, wanted, now(), leave="3")
-    rollout.roll_back(parts, spec, wanted, now(), leave="2")
-    state = until_started(parts, spec)
-    assert state is not None
-    assert (state.phase, state.candidate) == (Phase.PROMOTED, "1")
+    back = rollout.roll_back(parts, spec, wanted, now(), leave="2")
+    assert back is not None
+    assert (back.state.phase, back.state.candidate) == (Phase.PROMOTED, "1"), "it is warm: nothing waits for the sensor"
+    assert eventually(lambda: parts.serving.observe(spec.name).routes == rollout.Routes.all_to("1"), 5)
 
 
 def test_a_way_back_that_failed_is_tried_again_when_a_person_asks(parts: Parts) -> None:
-    spec, wanted = spec_of("again_model", "blue_green", keep_warm_seconds=600), Command("rollback", "tester")
+    spec, wanted = spec_of("again_model", "blue_green", keep_warm_seconds=1), Command("rollback", "tester")
     promoted(parts, spec)
+    arm = Arm("1", "", parts.version(spec.name, "1").digest, "previous")
+    old = pid_of(parts.serving, spec.name, arm)  # type: ignore[arg-type]
+    assert eventually(lambda: look(parts, spec) and not psutil.pid_exists(old), 30)
     begun = rollout.roll_back(parts, spec, wanted, now())
     assert begun is not None
+    assert begun.state.phase is Phase.PENDING
+    twice = rollout.roll_back(parts, spec, wanted, now())
+    assert twice is not None
+    assert (twice.action.refused, twice.state.phase) == (True, Phase.PENDING), "asked twice, it goes back once"
+    assert "is going back to version 1 already" in twice.action.reason
     rollout.command(parts, spec, Command("abort", "tester"), now())
     for number in range(10):
         land(parts, spec, number, "2", harm=3.0)
@@ -201,3 +211,26 @@ def test_a_way_back_that_failed_is_tried_again_when_a_person_asks(parts: Parts) 
     assert parts.ledger.verify() is None
     with pytest.raises(RolloutError, match="went back to version 1 already"):
         rollout.roll_back(parts, spec, wanted, now())
+
+
+def test_a_version_that_was_given_up_is_brought_in_again_when_it_is_named(parts: Parts) -> None:
+    spec = spec_of("named_model", "blue_green", keep_warm_seconds=600)
+    promoted(parts, spec)
+    failed_rollout(parts, spec)
+    assert rollout.waiting(parts, spec, now()) is None, "not by itself"
+    for _ in range(2):
+        version = rollout.chosen(parts, spec, 3, now())
+        begun = rollout.start(parts, spec, version, now(), again=True)
+        assert (begun.changed, begun.state.phase, begun.state.candidate) == (True, Phase.PENDING, "3")
+        with pytest.raises(RolloutError, match="version 3 of named_model is being brought in already: pending"):
+            rollout.chosen(parts, spec, 3, now())
+        rollout.command(parts, spec, Command("abort", "tester"), now())
+    ids = {e.key.rpartition("/")[0] for e in parts.ledger.entries(spec.name) if e.subject == "3" and e.key.startswith("rollout/")}
+    assert sorted(i.partition(version.registered_hash[:12])[2] for i in ids) == ["", "/again/1", "/again/2"]
+    with pytest.raises(RolloutError, match="version 2 of named_model is the champion already"):
+        rollout.start(parts, spec, rollout.chosen(parts, spec, 2, now()), now(), again=True)
+    waiting = add_version(parts, spec.name, approve=False)
+    with pytest.raises(RolloutError, match="version 4 of named_model is not approved as it is now"):
+        rollout.chosen(parts, spec, waiting.number, now())
+    with pytest.raises(NotFoundError):
+        rollout.chosen(parts, spec, 9, now())
