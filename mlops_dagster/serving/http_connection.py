@@ -13,9 +13,10 @@ from urllib.parse import unquote
 import httptools
 import orjson
 
-MAXIMUM_CONNECTIONS = 1024
 MAXIMUM_HEAD_BYTES = 64 * 1024
 LINGER_SECONDS = 2.0
+CLOSE_SECONDS = 10.0
+TURN = 16
 UPGRADE_HEADERS = (b"connection", b"upgrade", b"http2-settings")
 STATUS_LINES = {s.value: f"HTTP/1.1 {s.value} {s.phrase}\r\n" for s in HTTPStatus}
 ERROR_HEADERS = (("content-type", "application/json"),)
@@ -29,8 +30,11 @@ class Owner(Protocol):
 
     handle: Handler
     maximum_body_bytes: int
+    maximum_connections: int
+    maximum_unfinished_bytes: int
+    unfinished_bytes: int
     connections: "set[Connection]"
-    stopping: bool
+    draining: bool
     date: str
     loop: asyncio.AbstractEventLoop
     thread_id: int
@@ -93,15 +97,19 @@ class Connection(asyncio.Protocol):
         self._waiting: deque[Request | Refusal] = deque()  # what came before it could be handed over
         self._current: Request | None = None  # what the handler has
         self._handing_over = False
+        self._had_turn = False  # a request of this read was handed over: the others wait until every caller had its turn
         self._ignoring = False  # nothing that comes any more matters
         self._ended = self._half_closed = False
         self._stuck_since: int | None = None  # since when the caller does not read its answers
+        self._unsent = self._unfinished = 0
         self._begun: int | None = None  # when the request that is not yet whole began
         self._messages = 0
         self.quiet_since = time.perf_counter_ns()
         self._reset()
 
     def _reset(self) -> None:
+        self.server.unfinished_bytes -= self._unfinished
+        self._unfinished = 0
         self._url, self._headers = b"", {}
         self._body: bytes | bytearray = b""
         self._room, self._overhead = self.server.maximum_body_bytes, 0
@@ -113,8 +121,8 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._write = transport.write
         self.server.connections.add(self)
-        if len(self.server.connections) > MAXIMUM_CONNECTIONS and not self.server.make_room(self):
-            self._stop_reading(503, f"This server has {MAXIMUM_CONNECTIONS} connections already; try again.")
+        if len(self.server.connections) > self.server.maximum_connections and not self.server.make_room(self):
+            self._stop_reading(503, f"This server has {self.server.maximum_connections} connections already; try again.")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ignoring, self._begun, self._current = True, None, None
@@ -124,7 +132,7 @@ class Connection(asyncio.Protocol):
         self.server.lost(self)
 
     def pause_writing(self) -> None:
-        self._stuck_since = time.perf_counter_ns()
+        self._stuck_since, self._unsent = time.perf_counter_ns(), self._transport.get_write_buffer_size()
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
@@ -137,6 +145,7 @@ class Connection(asyncio.Protocol):
         return bool(self._current or self._waiting)
 
     def data_received(self, data: bytes) -> None:
+        self._had_turn = False
         while data and not self._ignoring:
             data = self._parsed(data)
 
@@ -189,9 +198,11 @@ class Connection(asyncio.Protocol):
         headers = self._headers
         if self._parser.should_upgrade():
             return
-        if int(headers.get(b"content-length") or 0) > self._room:  # the parser lets digits through only
+        if b"transfer-encoding" in headers and headers[b"transfer-encoding"].lower() != b"chunked":
+            self._stop_reading(501, "This server knows no Transfer-Encoding but chunked.")
+        elif int(headers.get(b"content-length") or 0) > self._room:  # the parser lets digits through only
             self._too_large()
-        elif b"expect" in headers and headers[b"expect"].lower() == b"100-continue":
+        elif b"expect" in headers and headers[b"expect"].lower() == b"100-continue" and self._parser.get_http_version() != "1.0":
             self._expects = True
             self._ask_for_body()
 
@@ -206,6 +217,11 @@ class Connection(asyncio.Protocol):
             if isinstance(self._body, bytes):
                 self._body = bytearray(self._body)
             self._body += part
+            self._unfinished += len(part)
+            self.server.unfinished_bytes += len(part)
+            if self.server.unfinished_bytes > self.server.maximum_unfinished_bytes:
+                self._stop_reading(503, "This server holds too many large requests that are not whole yet; try again.")
+                self._reset()
 
     def on_message_complete(self) -> None:
         if not (self._ignoring or self._parser.should_upgrade()):
@@ -233,7 +249,12 @@ class Connection(asyncio.Protocol):
         if self._current or self._waiting or self._stuck_since is not None:
             self._waiting.append(request)
             self._transport.pause_reading()
+        elif self._had_turn:
+            self._waiting.append(request)
+            self._transport.pause_reading()
+            self.server.loop.call_soon(self._go_on)
         else:
+            self._had_turn = True
             self._current = request
             self.server.handle(request)
 
@@ -245,7 +266,7 @@ class Connection(asyncio.Protocol):
         if self._transport.is_closing():
             return
         body = b"" if request.method == "HEAD" else content
-        if not request.keep or self.server.stopping or (self._half_closed and not self._waiting):
+        if not request.keep or self.server.draining or (self._half_closed and not self._waiting):
             self._send(status, [*headers, ("connection", "close")], len(content), body)
             self._end()
             return
@@ -255,17 +276,19 @@ class Connection(asyncio.Protocol):
 
     def _go_on(self) -> None:
         """Hand over what waits, one after the other (an answer may come at once: no recursion), and read again when nothing does."""
-        if self._handing_over:
+        if self._handing_over or self._transport.is_closing():
             return
-        self._handing_over = True
-        while self._waiting and not self._current and self._stuck_since is None and not self._ended:
-            found = self._waiting.popleft()
+        self._handing_over, left = True, TURN
+        while self._waiting and left and not self._current and self._stuck_since is None and not self._ended:
+            found, left = self._waiting.popleft(), left - 1
             if isinstance(found, Refusal):
                 self._refuse(found)
             else:
                 self._current = found
                 self.server.handle(found)
         self._handing_over = False
+        if self._waiting and not left:
+            self.server.loop.call_soon(self._go_on)
         if not self._waiting and self._stuck_since is None:
             if self._begun is not None:  # its time begins anew: nothing was read of it meanwhile
                 self._begun = time.perf_counter_ns()
@@ -298,21 +321,24 @@ class Connection(asyncio.Protocol):
         self._reset()
         self._transport.write_eof()
         self._transport.resume_reading()
-        self.server.loop.call_later(LINGER_SECONDS, self._transport.close)
+        self.server.loop.call_later(LINGER_SECONDS, self.close)
 
     # What the server asks for ----------------------------------------------------------------------------------------------
 
     def give_up(self, before: int, idle_before: int) -> None:
         """End what has not gone on since `before`, and an unused connection since `idle_before` (perf_counter, ns)."""
         if self._stuck_since is not None:
-            if self._stuck_since < before:
+            unsent, self._unsent = self._unsent, self._transport.get_write_buffer_size()
+            if self._unsent < unsent:  # slow, but it reads
+                self._stuck_since = time.perf_counter_ns()
+            elif self._stuck_since < before:
                 self._transport.abort()
         elif self._begun is not None and not self._waiting:
             if self._begun < before:
                 seconds = (time.perf_counter_ns() - self._begun) / 1e9
                 self._stop_reading(408, f"The request was not whole after {seconds:.1f} seconds.")
         elif self.idle and self.quiet_since < idle_before:
-            self._transport.close()
+            self.close()
 
     @property
     def idle(self) -> bool:
@@ -320,7 +346,17 @@ class Connection(asyncio.Protocol):
         return not self._current and not self._waiting and self._begun is None
 
     def close(self) -> None:
-        self._transport.close()
+        """End it, when what was answered is sent; a caller that does not read that in time is cut."""
+        if not self._transport.is_closing():
+            self._transport.close()
+            self.server.loop.call_later(CLOSE_SECONDS, self._transport.abort)
+
+    def give_way(self) -> None:
+        """End it now, for another caller."""
+        if self._transport.get_write_buffer_size():
+            self._transport.abort()
+        else:
+            self._transport.close()
 
     def cut(self) -> None:
         self._transport.abort()

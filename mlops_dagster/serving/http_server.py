@@ -5,6 +5,7 @@ from thread to thread costs more than answering them (see docs/adr/0007). Slow s
 """
 
 import asyncio
+import resource
 import socket
 import threading
 import time
@@ -18,6 +19,9 @@ from mlops_dagster.serving.http_connection import Connection, Handler
 
 BACKLOG = 1024
 IDLE_SECONDS = 300.0
+MAXIMUM_CONNECTIONS = 1024
+OTHER_FILES = 64  # of the process: the log's, the model's, the feature store's
+UNFINISHED_BYTES = 256 * 1024 * 1024
 
 
 class Server:
@@ -27,8 +31,11 @@ class Server:
         self._socket = bound
         self.handle = handler
         self.maximum_body_bytes = maximum_body_bytes
+        self.maximum_connections = most_connections()
+        self.maximum_unfinished_bytes = max(UNFINISHED_BYTES, 4 * maximum_body_bytes)
+        self.unfinished_bytes = 0  # of requests that are not whole, without the first part of each
         self.connections: set[Connection] = set()
-        self.stopping = False
+        self.draining = self._stopping = False
         self.date = formatdate(usegmt=True)
         self.loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
         self._listener: asyncio.AbstractServer | None = None
@@ -43,6 +50,10 @@ class Server:
         )
         self._tick()
         self._thread.start()
+
+    def drain(self) -> None:
+        """From now on each answer ends its connection, so that callers go elsewhere before `stop`."""
+        self.draining = True
 
     def stop(self) -> None:
         """Stop accepting; requests in flight are answered, idle connections closed."""
@@ -72,13 +83,13 @@ class Server:
         """Close the connection that has been unused for longest; False where all of them are in use."""
         unused = [c for c in self.connections if c.idle and c is not newest]
         if unused:
-            min(unused, key=lambda c: c.quiet_since).close()
+            min(unused, key=lambda c: c.quiet_since).give_way()
         return bool(unused)
 
     def lost(self, connection: Connection) -> None:
         """A connection has ended."""
         self.connections.discard(connection)
-        if self.stopping and not self.connections:
+        if self._stopping and not self.connections:
             self._ended.set()
 
     def _run(self) -> None:
@@ -92,7 +103,7 @@ class Server:
 
     def _stop(self) -> None:
         assert self._listener
-        self.stopping = True
+        self.draining = self._stopping = True
         self._listener.close()
         for connection in tuple(self.connections):
             if connection.idle:
@@ -104,3 +115,13 @@ class Server:
         for connection in tuple(self.connections):
             connection.cut()
         self.loop.call_soon(self.loop.stop)
+
+
+def most_connections() -> int:
+    """As many connections as the process may open, after raising that limit as far as it goes without privileges."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAXIMUM_CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAXIMUM_CONNECTIONS if soft == resource.RLIM_INFINITY else max(1, min(MAXIMUM_CONNECTIONS, soft - OTHER_FILES))

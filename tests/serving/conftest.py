@@ -1,5 +1,6 @@
 """Real models as artifacts, and predictors that serve them."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from http_callers import LIMIT, Echo, connect
 from predictor_processes import Model, Process, Starter, command, launch
 
 from mlops_dagster.serving.artifact import Feature, Signature, digest, write_signature
+from mlops_dagster.serving.http_server import Server
+from mlops_dagster.serving.server import bind
 
 NUMBERS = tuple(f"n{i}" for i in range(5))
+
+
+@pytest.fixture
+def echo() -> Echo:
+    return Echo()
+
+
+@pytest.fixture
+def server(echo: Echo) -> Iterator[Server]:
+    found = Server(bind("127.0.0.1", 0), echo, LIMIT)
+    found.port = found._socket.getsockname()[1]  # type: ignore[attr-defined]
+    found.start()
+    yield found
+    found.stop()
+    found.wait(2)
+
+
+@pytest.fixture
+def caller(server: Server) -> Iterator[socket.socket]:
+    with connect(server) as found:
+        yield found
 
 
 @pytest.fixture

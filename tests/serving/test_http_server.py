@@ -4,106 +4,12 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import httpx
 import pytest
+from http_callers import LIMIT, Echo, answers, closed, connect, paths, post
 
-from mlops_dagster.serving import http_connection, http_server
-from mlops_dagster.serving.http_connection import Request
 from mlops_dagster.serving.http_server import Server
-from mlops_dagster.serving.server import bind
-
-LIMIT = 1000
-
-
-class Echo:
-    """Answers with what it was asked; `/later` when `release` is called, from that thread."""
-
-    def __init__(self) -> None:
-        self.later: list[Request] = []
-
-    def __call__(self, request: Request) -> None:
-        if request.path.startswith("/later"):
-            self.later.append(request)
-        else:
-            self.answer(request)
-
-    def answer(self, request: Request) -> None:
-        body = None if request.body is None else request.body.decode("latin-1")
-        said = {"method": request.method, "path": request.path, "body": body, "told": request.header(b"x-told")}
-        request.answer(413 if body is None else 200, [("content-type", "application/json")], json.dumps(said).encode())
-
-    def release(self, count: int = 1) -> None:
-        deadline = time.monotonic() + 5
-        while len(self.later) < count and time.monotonic() < deadline:
-            time.sleep(0.005)
-        for _ in range(count):
-            self.answer(self.later.pop(0))
-
-
-@pytest.fixture
-def echo() -> Echo:
-    return Echo()
-
-
-@pytest.fixture
-def server(echo: Echo) -> Iterator[Server]:
-    found = Server(bind("127.0.0.1", 0), echo, LIMIT)
-    found.port = found._socket.getsockname()[1]  # type: ignore[attr-defined]
-    found.start()
-    yield found
-    found.stop()
-    found.wait(2)
-
-
-@pytest.fixture
-def caller(server: Server) -> Iterator[socket.socket]:
-    with connect(server) as found:
-        yield found
-
-
-def connect(server: Server) -> socket.socket:
-    found = socket.create_connection(("127.0.0.1", server.port))  # type: ignore[attr-defined]
-    found.settimeout(5)
-    return found
-
-
-def post(path: str, body: bytes, *headers: str, version: str = "1.1") -> bytes:
-    lines = [f"POST {path} HTTP/{version}", "host: x", f"content-length: {len(body)}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def answers(caller: socket.socket, count: int) -> list[tuple[int, dict[str, str], bytes]]:
-    """The next answers on the connection: status, headers, body."""
-    stream, found = caller.makefile("rb", 0), []
-    for _ in range(count):
-        status = int(stream.readline().split()[1])
-        headers = {}
-        while (line := stream.readline().strip()) != b"":
-            name, _, value = line.decode().partition(": ")
-            headers[name] = value
-        found.append((status, headers, read(stream, int(headers["content-length"]))))
-    return found
-
-
-def read(stream: Any, count: int) -> bytes:
-    content = b""
-    while len(content) < count:
-        content += stream.read(count - len(content))
-    return content
-
-
-def paths(found: list[tuple[int, dict[str, str], bytes]]) -> list[str]:
-    return [json.loads(body)["path"] for _, _, body in found]
-
-
-def closed(caller: socket.socket) -> bool:
-    try:
-        return caller.recv(1) == b""
-    except ConnectionResetError:
-        return True
 
 
 def test_a_request_in_single_bytes_is_the_same_request(caller: socket.socket) -> None:
@@ -249,38 +155,6 @@ def test_a_request_that_does_not_end_is_given_up_and_one_that_is_whole_is_not(se
         assert answers(idle, 1)[0][0] == 200
 
 
-def test_callers_beyond_the_limit_take_the_place_of_unused_ones_or_are_told(
-    server: Server, echo: Echo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_connection, "MAXIMUM_CONNECTIONS", 2)
-    with connect(server) as oldest, connect(server) as newer:
-        for caller in (oldest, newer):
-            caller.sendall(post("/1", b""))
-            assert answers(caller, 1)[0][0] == 200
-        with connect(server) as third:
-            third.sendall(post("/later", b""))
-            assert closed(oldest)
-            newer.sendall(post("/later", b""))
-            while len(echo.later) < 2:
-                time.sleep(0.005)
-            with connect(server) as fourth:
-                [(status, _, body)] = answers(fourth, 1)
-                assert (status, "2 connections already" in json.loads(body)["error"]) == (503, True)
-            echo.release(2)
-            assert [answers(c, 1)[0][0] for c in (third, newer)] == [200, 200]
-
-
-def test_unused_connections_are_closed_in_time(server: Server, echo: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "IDLE_SECONDS", 0.1)
-    with connect(server) as unused, connect(server) as waiting:
-        waiting.sendall(post("/later", b""))
-        time.sleep(0.2)
-        server.give_up_bodies(30)
-        assert closed(unused)
-        echo.release()
-        assert answers(waiting, 1)[0][0] == 200
-
-
 def test_many_requests_behind_a_slow_one_are_all_answered(caller: socket.socket, echo: Echo) -> None:
     caller.sendall(post("/later", b"") + post("/x", b"") * 3000)
     echo.release()
@@ -298,39 +172,6 @@ def test_a_second_answer_to_a_request_is_dropped(caller: socket.socket, echo: Ec
     echo.answer(first)
     echo.release()
     assert paths(answers(caller, 3)) == ["/later1", "/later2", "/3"]
-
-
-def test_answers_of_other_threads_that_nobody_reads_do_not_pile_up(caller: socket.socket, server: Server, echo: Echo) -> None:
-    content = b"z" * 200_000
-    caller.sendall(post("/later", b"") * 200)
-    for _ in range(200):
-        deadline = time.monotonic() + 0.3
-        while not echo.later and time.monotonic() < deadline:
-            time.sleep(0.002)
-        if not echo.later:
-            break
-        echo.later.pop(0).answer(200, [], content)
-    [connection] = server.connections
-    assert connection._transport.get_write_buffer_size() < 2_000_000
-    server.give_up_bodies(0)
-    deadline = time.monotonic() + 5
-    while server.connections and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not server.connections, "who does not read is cut"
-
-
-def test_a_body_that_was_broken_off_is_freed_at_once(server: Server) -> None:
-    held = []
-    for _ in range(3):
-        with connect(server) as caller:
-            caller.sendall(post("/b", b"z" * LIMIT)[:-1])
-            while not (found := list(server.connections)) or not found[0]._body:
-                time.sleep(0.005)
-            held += found
-        while server.connections:
-            time.sleep(0.005)
-    assert not any(c._body for c in held)
-    assert not any(hasattr(c, "_parser") for c in held)
 
 
 def test_what_follows_a_closing_request_is_not_looked_at(caller: socket.socket) -> None:
@@ -416,3 +257,15 @@ def test_a_caller_that_never_ends_is_cut_after_the_grace_time(server: Server) ->
         server.stop()
         assert not server.wait(0.2)
         assert closed(caller)
+
+
+def test_codings_other_than_chunked_are_not_taken_as_plain(caller: socket.socket) -> None:
+    caller.sendall(b"POST /g HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+    assert answers(caller, 1)[0][0] == 501
+
+
+def test_a_caller_of_http_1_0_is_not_asked_for_its_body(caller: socket.socket) -> None:
+    caller.sendall(b"POST /e HTTP/1.0\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n")
+    time.sleep(0.1)
+    caller.sendall(b"ab")
+    assert answers(caller, 1)[0][0] == 200
