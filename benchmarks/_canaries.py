@@ -266,4 +266,5 @@ def _grown(total: Counters, counts: Counts, run: int, tick: int) -> Counters:
     requests, errors, slow, over = (int(counts.by_tick[name][run, tick]) for name in counts.by_tick)
     buckets = (requests - slow, slow - over, over)
     latency = tuple(old + new for old, new in zip(total.latency, buckets, strict=True))
-    return Counters(requests=total.requests + requests, errors=total.errors + errors, latency=latency)
+    answers = total.answers + requests
+    return Counters(requests=total.requests + requests, errors=total.errors + errors, latency=latency, answers=answers)

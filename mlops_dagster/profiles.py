@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     wandb_project: str | None = Field(
         default=None, description="W&B project that runs are mirrored to, as WANDB_MODE says (offline by default)."
     )
+    gateway_port: int = Field(default=0, ge=0, le=65535, description="The gateway's port; 0: a free one, chosen once.")
 
     @property
     def root(self) -> Path:
@@ -76,7 +77,7 @@ def embedded(settings: Settings) -> dict[str, object]:
         "tuning_ray": RayTuner(folder=str(root / "tuning")),
         "training_local": LocalTrainer(),
         "training_ray": RayTrainer(),
-        "serving": EmbeddedServing(root=str(root / "serving")),
+        "serving": EmbeddedServing(root=str(root / "serving"), port=settings.gateway_port),
         "live_metrics": GatewayMetrics(root=str(root / "serving")),
         "artifact_cache": ArtifactCache(root=str(root / "artifacts")),
         "inference_segments": FolderSegments(root=str(root / "serving" / "inference_log")),

@@ -36,7 +36,7 @@ WINDOW = dt.timedelta(minutes=5)
 LABEL_DAYS = 60
 """How many of the newest days with live performance are looked at, during a rollout and after it."""
 SHADOW_GATES = {"disagreement", "score_shift"}
-GATEWAY = ("requests", "errors", "latency")
+GATEWAY = ("requests", "errors", "latency", "answers", "refused")
 COLUMNS = [*answers.ROW, *answers.ANSWER, "version", "shadow"]
 
 

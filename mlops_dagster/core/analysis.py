@@ -28,6 +28,10 @@ __all__ = [
     "judge_start",
 ]
 
+STEP_SHARE = 0.9
+"""How much of a tick must lie in a step for it to be the step's. A step is entered after the sample that its first tick begins with,
+so that tick is never wholly inside; after a pause without looks it holds nearly all that the step has."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -203,8 +207,9 @@ def _without_metrics(
 
 
 def _look(step: Step, tests: int, since: datetime, measurements: Measurements, policy: RolloutPolicy) -> Look:
-    starts = measurements.starts()
-    first = next((number for number, start in enumerate(starts) if start >= since), len(starts))
+    lasted = zip(measurements.starts(), (tick.at for tick in measurements.ticks), strict=True)
+    inside = ((end - max(start, since)) >= STEP_SHARE * (end - start) for start, end in lasted)
+    first = next((number for number, is_inside in enumerate(inside) if is_inside), len(measurements.ticks))
     return Look(
         step,
         policy,

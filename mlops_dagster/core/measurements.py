@@ -21,7 +21,8 @@ DEFAULT_BOUNDS_MS = (0.5, 1, 1.5, 2, 3, 4, 5, 7.5, 10, 15, 20, 30, 40, 50, 75, 1
 class Counters:
     """Counts of one arm: all since its server began, or, in a tick, those of the tick.
 
-    `errors` are answers that are the server's fault (5xx, time-outs, resets), not a caller's (4xx). `latency` has one count per
+    `errors` are attempts that failed by the server's fault (5xx, time-outs, resets), `refused` the answers 4xx among `answers` (a
+    caller's fault, or a version's that refuses what others accept). `latency` has one count per
     bucket of `Measurements.bounds_ms` and a last one for what is slower (not cumulative). `compared`, `disagreed` and `shifted`
     are mirrored requests joined with the champion's answer, `labelled` and `wrong` predictions whose label has landed, `trials`
     and `successes` the pre-declared metric of an A/B test, `units` the different sticky keys seen and `misassigned` those among
@@ -41,6 +42,8 @@ class Counters:
     successes: int = 0
     units: int = 0
     misassigned: int = 0
+    answers: int = 0
+    refused: int = 0
 
     def __post_init__(self) -> None:
         for name in _NAMES:
@@ -82,6 +85,7 @@ _PARTS = (
     ("wrong", "labelled"),
     ("successes", "trials"),
     ("misassigned", "units"),
+    ("refused", "answers"),
 )
 _SOURCES = (
     ("requests", "errors"),
@@ -89,6 +93,7 @@ _SOURCES = (
     ("labelled", "wrong"),
     ("trials", "successes"),
     ("units", "misassigned"),
+    ("answers", "refused"),
 )
 
 

@@ -97,6 +97,12 @@ def errors(look: Look) -> Finding:
     return _compare(look, champion, candidate, history, look.policy.error_rate_increase, "failed requests")
 
 
+def refusals(look: Look) -> Finding:
+    """The share of answers 4xx against the champion's over the same time: callers' own mistakes reach both arms alike."""
+    champion, candidate = (arm.stream("answers", "refused") for arm in (_control(look), look.candidate))
+    return _compare(look, champion, candidate, History(), look.policy.error_rate_increase, "refused requests (4xx)")
+
+
 def latency(look: Look) -> Finding:
     """The share of answers above the champion's 95th percentile, candidate against champion over the same time."""
     control = _control(look)
@@ -193,6 +199,7 @@ def sample_ratio(look: Look) -> Finding:
 
 GATES: dict[str, Callable[[Look], Finding]] = {
     "errors": errors,
+    "refusals": refusals,
     "latency": latency,
     "error_limit": error_limit,
     "latency_limit": latency_limit,
@@ -216,6 +223,8 @@ _COLUMNS = (
     "successes",
     "units",
     "misassigned",
+    "answers",
+    "refused",
 )
 _PICK = attrgetter(*_COLUMNS)
 

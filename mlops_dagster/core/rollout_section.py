@@ -38,7 +38,8 @@ class Rollout(Section):
         description="Requests that an arm must answer before errors or latency can fail it.",
     )
     error_rate_increase: OpenShare = Field(
-        default=POLICY.error_rate_increase, description="Increase in the share of failed requests that matters."
+        default=POLICY.error_rate_increase,
+        description="Increase in the share of failed requests, and of refused ones (4xx), that matters.",
     )
     slow_share_increase: OpenShare = Field(
         default=POLICY.slow_share_increase,

@@ -203,6 +203,17 @@ class Gate(Section):
         return self.maximum
 
 
+class Serving(Section):
+    """What the gateway does with the model's requests."""
+
+    timeout_seconds: float = Field(
+        default=10, gt=0, le=100, description="A request that is not answered within this many seconds, 100 at most, gets 504."
+    )
+    requests_per_second: int | None = Field(
+        default=None, ge=1, description="Requests beyond this many a second get 429; absent: no limit."
+    )
+
+
 class Monitoring(Section):
     """The limits that a deployed version is watched by."""
 
@@ -259,6 +270,7 @@ class ModelDeclaration(Section):
     approval: Literal["manual", "automatic", "four_eyes"] = Field(
         default="manual", description="Who approves a version: a person, the gate alone, or a person other than its author."
     )
+    serving: Serving = Serving()
     rollout: Rollout = Rollout()
     monitoring: Monitoring = Monitoring()
     retraining: Retraining = Retraining()

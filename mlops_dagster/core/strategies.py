@@ -14,7 +14,7 @@ from mlops_dagster.core.errors import DeclarationError, NotFoundError
 from mlops_dagster.core.routes import BASELINE, Match, Mirror, Routes, Sticky, to_per_mille
 
 LIMITS = ("error_limit", "latency_limit")
-COMPARISONS = ("errors", "latency")
+COMPARISONS = ("errors", "refusals", "latency")
 AB_METRICS = ("accuracy", "answered", "score")
 
 
@@ -33,7 +33,7 @@ class RolloutPolicy:
     beta: float = 0.05  # chance that a version worse by a declared effect passes a comparing step
     minimum_requests: int = 500  # per arm and step; below it nothing passes
     minimum_requests_to_fail: int = 20  # below it nothing fails either: one bad answer among three is no evidence
-    error_rate_increase: float = 0.02  # declared effect: share of failed requests, candidate minus champion
+    error_rate_increase: float = 0.02  # declared effect: share of failed (and of refused) requests, candidate minus champion
     slow_share_increase: float = 0.05  # declared effect: share of requests slower than the champion's 95th percentile
     accuracy_drop: float = 0.05  # declared effect: share of wrong predictions among labelled ones, candidate minus champion
 
@@ -260,7 +260,8 @@ def ab_test(champion: str, candidate: str, policy: RolloutPolicy) -> tuple[Step,
         candidate,
         champion,
         ("metric", "sample_ratio"),
-        (*COMPARISONS, *LIMITS, "quality"),
+        # Not `refusals`: all mistakes of one caller fall on one arm here. Keys that an arm refuses are missing from the sample ratio.
+        ("errors", "latency", *LIMITS, "quality"),
         policy.step_seconds,
         policy.minimum_requests,
         maximum_seconds=policy.ab_maximum_seconds,

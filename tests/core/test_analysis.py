@@ -43,11 +43,11 @@ class Traffic:
 
     def grown(self, total: Counters, n: int = 100, errors: float = 0.01, latency=FAST, **counts) -> Counters:
         drawn = self.random.multinomial(n, latency)
-        more = {"requests": n, "errors": int(self.random.binomial(n, errors)), **counts}
+        more = {"requests": n, "errors": int(self.random.binomial(n, errors)), "answers": n, **counts}
         fields = {name: getattr(total, name) + count for name, count in more.items()}
         return Counters(latency=tuple(int(a + b) for a, b in zip(total.latency, drawn, strict=True)), **fields)
 
-    def verdict(self, step: Step, policy: RolloutPolicy, since: datetime = T0, tests: int = 5) -> Verdict:
+    def verdict(self, step: Step, policy: RolloutPolicy, since: datetime = T0, tests: int = 6) -> Verdict:
         return judge(step, tests, since, self.measurements, policy, self.now)
 
 
@@ -139,6 +139,32 @@ def test_ten_times_slower_is_found_within_seconds() -> None:
     assert any("answers slower than 20 ms" in reason for reason in verdict.reasons)
 
 
+def test_a_version_that_refuses_what_the_champion_accepts_fails() -> None:
+    traffic = Traffic().tick(20, one={"n": 950, "refused": 20}, two={"n": 50, "refused": 1})
+    assert traffic.verdict(CANARY_STEPS[0], CANARY).outcome is Outcome.PASS
+    verdict = traffic.tick(2, one={"n": 950, "refused": 20}, two={"n": 50, "refused": 50}).verdict(CANARY_STEPS[0], CANARY)
+    assert verdict.outcome is Outcome.FAIL
+    assert any("refused requests (4xx)" in reason and "proven worse" in reason for reason in verdict.reasons)
+
+
+def test_mistakes_of_callers_fail_nobody() -> None:
+    """The rate of 4xx rises and falls with who calls, in both arms alike."""
+    failed = 0
+    for seed in range(100):
+        traffic = Traffic(seed)
+        for tick in range(30):
+            share = 0.6 if tick % 10 > 6 else 0.02
+            one, two = ({"n": n, "errors": 0, "refused": int(traffic.random.binomial(n, share))} for n in (950, 50))
+            failed += traffic.tick(1, one=one, two=two).verdict(CANARY_STEPS[0], CANARY).outcome is Outcome.FAIL
+    assert failed == 0
+
+
+def test_answers_that_were_not_counted_do_not_pass() -> None:
+    verdict = Traffic().tick(40, one={"n": 950, "answers": 0}, two={"n": 50, "answers": 0}).verdict(CANARY_STEPS[0], CANARY)
+    assert verdict.outcome is Outcome.INCONCLUSIVE
+    assert "refused requests (4xx): nothing to compare yet" in verdict.reasons
+
+
 def test_one_bad_answer_among_few_is_no_evidence() -> None:
     policy, steps = steps_of(alpha=0.5)
     assert Traffic().tick(1, one=BIG, two={"n": 1, "errors": 1}).verdict(steps[0], policy).outcome is Outcome.INCONCLUSIVE
@@ -204,6 +230,18 @@ def test_each_step_needs_requests_and_evidence_of_its_own() -> None:
     half = traffic.measurements.observe(traffic.now + TICK, traffic.totals)
     began_inside = judge(CANARY_STEPS[1], 5, since + timedelta(seconds=1), half, CANARY, traffic.now + TICK)
     assert began_inside.requests == 0, "a tick that began before the step is not the step's"
+
+
+def test_the_tick_after_a_pause_without_looks_is_the_steps_though_its_sample_is_older() -> None:
+    policy, steps = steps_of("ab_test")
+    since, late = T0 + timedelta(seconds=0.8), T0 + timedelta(seconds=90)
+    totals = {arm: Counters(600, 6, (600, 0, 0, 0, 0), units=60) for arm in ("1", "2")}
+    measurements = Measurements(BOUNDS).observe(T0, {}).observe(late, totals)
+    verdict = judge(steps[0], count_tests(steps), since, measurements, policy, late)
+    assert verdict.evidence["gates"]["sample_ratio"]["units"] == {"1": 60, "2": 60}
+    assert (verdict.outcome, verdict.requests) == (Outcome.INCONCLUSIVE, 600)
+    before = judge(steps[0], count_tests(steps), T0 + timedelta(seconds=10), measurements, policy, late)
+    assert before.requests == 0, "too much of it was before"
 
 
 def test_the_quantile_of_the_champion_is_fixed_before_it_is_used() -> None:

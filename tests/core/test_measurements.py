@@ -39,11 +39,20 @@ def test_ticks_are_not_rewritten() -> None:
     assert Measurements.from_json(json.loads(json.dumps(later.to_json()))) == later
 
 
+def test_measurements_kept_before_answers_were_counted_are_read() -> None:
+    measured = Measurements(BOUNDS).observe(T0, {"1": Counters(requests=5)}).observe(T0 + TICK, {"1": Counters(requests=9)})
+    raw = json.loads(json.dumps(measured.to_json()))
+    assert "answers" not in raw["last"]["1"]
+    later = Measurements.from_json(raw).observe(T0 + 2 * TICK, {"1": Counters(requests=12, answers=12, refused=1)})
+    assert later.ticks[-1].arms["1"] == Counters(requests=3, answers=12, refused=1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Counters(requests=-1), "counters.requests is -1"),
         (lambda: Counters(requests=1, errors=2), "counters.errors is 2, more than requests 1"),
+        (lambda: Counters(answers=1, refused=2), "counters.refused is 2, more than answers 1"),
         (lambda: Counters(latency=(1, -1)), "counters.latency"),
         (lambda: Measurements(BOUNDS).observe(T0, {"1": Counters(latency=(1, 2))}), "latency has 2 buckets, not the 5"),
     ],

@@ -11,6 +11,7 @@ from mlops_dagster.core import spec as spec_module
 from mlops_dagster.core.rollout_section import DERIVED_FIELDS, Rollout
 from mlops_dagster.core.spec import ModelDeclaration, ModelSpec, Partitions, Section
 from mlops_dagster.core.strategies import RolloutPolicy
+from mlops_dagster.resources.serving import DEFAULT_OPTIONS
 
 MINIMAL = {
     "source": {"read": ".source.read_day", "schema": ".source.Rows", "partitions": {"start": "2013-01-01"}},
@@ -32,6 +33,7 @@ def test_defaults_are_the_seeds_numbers():
     assert monitoring.max_requests_per_second == 10_000
     assert spec.rollout.strategy == "canary"
     assert spec.approval == "manual"
+    assert spec.serving.model_dump() == {name: getattr(DEFAULT_OPTIONS, name) for name in type(spec.serving).model_fields}
 
 
 def test_a_regression_is_gated_by_its_baseline():
@@ -49,6 +51,8 @@ def test_a_regression_is_gated_by_its_baseline():
         ({"rolout": {}}, "rolout"),
         ({"monitoring": {"max_psy": 0.3}}, "max_psy"),
         ({"monitoring": {"max_psi": "high"}}, "max_psi"),
+        ({"serving": {"timeout_seconds": 101}}, "serving.timeout_seconds"),
+        ({"serving": {"requests_per_second": 0}}, "serving.requests_per_second"),
         ({"gate": {"metric": "acuracy"}}, "gate.metric 'acuracy' is unknown; use one of accuracy"),
         ({"gate": {"metric": "r2"}}, "does not fit training.task 'classification'"),
         ({"gate": {"metric": "log_loss", "minimum": 1}}, "use gate.maximum"),

@@ -85,7 +85,7 @@ def test_ab_is_sticky_and_only_its_metric_promotes() -> None:
 
 
 def test_alpha_is_split_over_the_tests_of_the_whole_plan() -> None:
-    assert count_tests(steps_of("canary")) == 5
+    assert count_tests(steps_of("canary")) == 6
     assert count_tests(steps_of("blue_green")) == 3
     assert count_tests(steps_of("ab_test")) == 6
     assert count_tests(()) == 1

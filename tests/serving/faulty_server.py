@@ -1,8 +1,8 @@
 """The real predictor with faults that the artifact's `faults.json` asks for: `python -m tests.serving.faulty_server …`.
 
 `exit`: end at once with this code; `never_ready`: run, but do not listen; `fail_every`: every n-th prediction is answered with
-500; `slow_ms`: predictions take so much longer. A feature repository that is not there is left out, for the small artifacts of tests
-have no features to complete.
+500, or with `fail_status`; `slow_ms`: predictions take so much longer. A feature repository that is not there is left out, for the
+small artifacts of tests have no features to complete.
 """
 
 import json
@@ -32,7 +32,8 @@ class FaultyPredictor(server.Predictor):
             time.sleep(FAULTS.get("slow_ms", 0) / 1000)
             every = FAULTS.get("fail_every")
             if every and self._asked % every == 0:
-                request.answer(500, [("x-model-version", self._pages.version)], b'{"error": "as asked for"}')
+                status = FAULTS.get("fail_status", 500)
+                request.answer(status, [("x-model-version", self._pages.version)], b'{"error": "as asked for"}')
                 return
         super().__call__(request)
 

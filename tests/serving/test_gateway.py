@@ -2,7 +2,9 @@
 
 import datetime as dt
 import json
+import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,12 +12,16 @@ import httpx
 import pytest
 
 from benchmarks._load import Load, outcome
+from mlops_dagster.core.analysis import Outcome, judge
 from mlops_dagster.core.errors import DeclarationError, ServingError
-from mlops_dagster.core.routes import Mirror, Routes
+from mlops_dagster.core.measurements import Measurements
+from mlops_dagster.core.routes import Match, Mirror, Routes
+from mlops_dagster.core.strategies import RolloutPolicy, count_tests, plan
+from mlops_dagster.profiles import Settings, embedded
 from mlops_dagster.resources.live_metrics.gateway import GatewayMetrics
 from mlops_dagster.resources.serving import ServingOptions
 from mlops_dagster.resources.serving.embedded import EmbeddedServing, hash_api_key
-from mlops_dagster.resources.serving.state import Folder
+from mlops_dagster.resources.serving.state import Folder, free_port
 from tests.contracts.serving.artifacts import ROW, make_arm
 from tests.serving.gateway_hosts import FAULTY, eventually, new_model, predict_url, ready, serving_host
 
@@ -44,6 +50,78 @@ def test_a_caller_can_name_the_version_that_must_answer(host: EmbeddedServing, m
     unknown = httpx.post(predict_url(host, model), json=ROW, headers={"x-mlops-version": "7"})
     assert unknown.status_code == 404
     assert "there are: 1, 2" in unknown.json()["error"]
+
+
+def test_whoever_names_a_version_is_no_evidence(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
+    arms = [make_arm(tmp_path, "1"), make_arm(tmp_path, "2", "candidate")]
+    host.apply(model, arms, Routes.split({"1": 50, "2": 50}))
+    ready(host, model)
+    with httpx.Client() as client:
+        for number in range(40):
+            named = {"x-mlops-version": "2", "x-request-id": f"named-{model}"}
+            assert client.post(predict_url(host, model), json={"instances": 3}, headers=named).status_code == 400
+            own = client.post(predict_url(host, model), json=ROW if number else {"instances": 3})
+            assert own.status_code == (200 if number else 400)
+    metrics = GatewayMetrics(root=host.root)
+    answers = lambda: sum(counts.answers for counts in metrics.totals(model).arms.values())  # noqa: E731 -- read twice
+    assert eventually(lambda: answers() >= 40)
+    time.sleep(2.5)  # two more samples: what is named does not come later either
+    seen = metrics.totals(model).arms
+    assert seen.keys() == {"1", "2"}
+    for kind in ("requests", "answers"):
+        assert sum(getattr(counts, kind) for counts in seen.values()) == 40
+    assert sum(sum(counts.latency) for counts in seen.values()) == 40
+    assert sum(counts.refused for counts in seen.values()) == 1
+    log = Folder(host.root).logs / "access.jsonl"
+    assert eventually(lambda: log.read_text().count(f"named-{model}") == 40)
+
+
+def test_a_version_that_refuses_every_caller_fails_its_canary(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
+    refusing = {"faults.json": json.dumps({"fail_every": 1, "fail_status": 422})}
+    arms = [make_arm(tmp_path, "1"), make_arm(tmp_path, "2", "candidate", extra=refusing)]
+    host.apply(model, arms, Routes.split({"1": 50, "2": 50}))
+    ready(host, model)
+    policy, metrics = RolloutPolicy(steps_percent=(50.0,)), GatewayMetrics(root=host.root)
+    steps, measured, begin = plan("1", "2", policy), Measurements(), dt.datetime.now(dt.UTC)
+    with httpx.Client() as client:
+        for _ in range(4):
+            reading = metrics.totals(model)
+            measured = measured.observe(reading.at, reading.arms)
+            counts = Counter(client.post(predict_url(host, model), json=ROW).status_code for _ in range(60))
+            assert counts.keys() == {200, 422}
+            assert eventually(lambda at=reading.at: (metrics.totals(model).at - at).total_seconds() > 1)
+    verdict = judge(steps[0], count_tests(steps), begin, measured, policy, dt.datetime.now(dt.UTC))
+    assert verdict.outcome is Outcome.FAIL
+    assert verdict.evidence["gates"]["errors"]["candidate"] == 0
+    assert "refused requests (4xx): 100.00% against the champion's 0.00%, proven worse" in verdict.reasons
+
+
+def test_a_preview_is_judged_by_those_who_name_it(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
+    arms = [make_arm(tmp_path, "1"), make_arm(tmp_path, "2", "candidate")]
+    host.apply(model, arms, Routes.split({"1": 100, "2": 0}, match=Match("x-mlops-arm", "2", "2")))
+    ready(host, model)
+    for header in ("x-mlops-version", "x-mlops-arm"):
+        assert httpx.post(predict_url(host, model), json=ROW, headers={header: "2"}).headers["x-model-version"] == "2"
+    metrics = GatewayMetrics(root=host.root)
+    assert eventually(lambda: metrics.totals(model).arms["2"].answers == metrics.totals(model).arms["2"].requests == 2)
+
+
+def test_paths_with_a_version_reach_that_version(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
+    arms = [make_arm(tmp_path, "1", answer=0), make_arm(tmp_path, "2", "candidate", answer=1)]
+    host.apply(model, arms, Routes.split({"1": 50, "2": 50}))
+    ready(host, model)
+    base, ask = f"{host.endpoint(model)}/v2/models/{model}", {"inputs": []}
+    for version in ("1", "2"):
+        for _ in range(10):
+            assert httpx.get(f"{base}/versions/{version}/ready").status_code == 200
+            assert httpx.get(f"{base}/versions/{version}").json()["versions"] == [version]
+            assert httpx.post(f"{base}/versions/{version}/infer", json=ask).headers["x-model-version"] == version
+    unknown = httpx.get(f"{base}/versions/11/ready")
+    assert unknown.status_code == 404
+    assert "error" in unknown.json()
+    seen = httpx.get(f"{host.endpoint(model)}/v2").json()
+    own = httpx.get(f"http://{server_address(host, model, '1')}/v2").json()
+    assert (seen["version"], seen["extensions"]) == (own["version"], own["extensions"])
 
 
 def test_errors_of_the_gateway_are_json_and_say_what_to_do(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
@@ -96,13 +174,19 @@ def test_only_the_gateway_marks_copies(host: EmbeddedServing, model: str, tmp_pa
     metrics = {version: server_counts(host, model, version) for version in ("1", "2")}
     assert eventually(lambda: server_counts(host, model, "2").get("true", 0) > 20)
     assert metrics["1"] == {"false": 100}, "a caller's own shadow header must not hide a request from the log"
-    assert 25 <= server_counts(host, model, "2")["true"] <= 75
+    copies = server_counts(host, model, "2")["true"]
+    assert 25 <= copies <= 75
+    assert eventually(lambda: GatewayMetrics(root=host.root).totals(model).arms["2"].answers == copies)
+
+
+def server_address(host: EmbeddedServing, model: str, version: str) -> str:
+    fleet = json.loads((Folder(host.root).host / "fleet.json").read_text())
+    return next(m["address"] for m in fleet.values() if m["model"] == model and m["arm"]["version"] == version)
 
 
 def server_counts(host: EmbeddedServing, model: str, version: str) -> dict[str, int]:
     """How many predictions a server itself says it answered, by whether they were copies."""
-    fleet = json.loads((Folder(host.root).host / "fleet.json").read_text())
-    address = next(m["address"] for m in fleet.values() if m["model"] == model and m["arm"]["version"] == version)
+    address = server_address(host, model, version)
     counts: dict[str, int] = {}
     for line in httpx.get(f"http://{address}/metrics").text.splitlines():
         if line.startswith("mlops_requests_total{"):
@@ -119,6 +203,22 @@ def test_more_requests_than_allowed_are_refused_with_429(host: EmbeddedServing, 
     counts = outcome(load.answers)
     assert set(counts) == {(200, "1"), (429, "")}
     assert 100 <= counts[200, "1"] <= 200  # 50 a second for two seconds, and one bucket
+
+
+def test_the_gateways_port_is_set_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLOPS_GATEWAY_PORT", str(free_port()))
+    monkeypatch.setenv("MLOPS_HOME", str(tmp_path))
+    with serving_host(tmp_path / "serving", port=embedded(Settings())["serving"].port) as serving:  # type: ignore[attr-defined]
+        serving.start()
+        assert serving.endpoint().endswith(f":{os.environ['MLOPS_GATEWAY_PORT']}")
+        assert eventually(lambda: gateway_answers(serving))
+
+
+def gateway_answers(serving: EmbeddedServing) -> bool:
+    try:
+        return httpx.get(f"{serving.endpoint()}/v2").json()["name"] == "mlops-gateway"
+    except httpx.TransportError:
+        return False
 
 
 def test_metrics_per_arm_count_requests_errors_and_latency(host: EmbeddedServing, model: str, tmp_path: Path) -> None:

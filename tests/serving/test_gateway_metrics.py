@@ -96,6 +96,9 @@ class FakeEnvoy:
     def hosts(self) -> dict[str, Host]:
         return {"m/1": Host("m/1", "127.0.0.1:1", True, False, 90, 10, 3)}
 
+    def answers(self) -> dict[str, tuple[int, int]]:
+        return {"m/1": (4, 1), "m/1|2": (30, 5), "http": (9, 9)}
+
     def latencies(self) -> dict[str, tuple[tuple[float, int], ...]]:
         bounds = [*DEFAULT_BOUNDS_MS, 1e7]
         return {
@@ -110,6 +113,7 @@ def test_series_of_clusters_become_counters_that_the_analysis_takes(tmp_path: Pa
     samples.add(T0, counters(FakeEnvoy()))  # type: ignore[arg-type]
     seen = {arm: counts for arm, (_, counts) in samples.latest("m").items()}
     assert (seen["1"].requests, seen["1"].errors) == (100, 10)
+    assert (seen["1"].answers, seen["1"].refused) == (34, 6)
     assert sum(seen["1"].latency) == 2 + 5
     assert seen["1"].latency[0] == 2
     assert seen["2"].latency[-1] == 4

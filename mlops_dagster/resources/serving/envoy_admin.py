@@ -13,8 +13,8 @@ from mlops_dagster.core.errors import ServingError
 
 @dataclass(frozen=True)
 class Host:
-    """One server as Envoy sees it. Counters run since Envoy began: `success` (no 5xx), `error` (5xx, resets, refused
-    connections).
+    """One server as Envoy sees it. Counters run since Envoy began: `success` (no 5xx, but maybe
+    4xx), `error` (5xx, resets, refused connections).
     """
 
     cluster: str
@@ -93,6 +93,16 @@ class EnvoyAdmin:
                 name = row["name"].removeprefix("cluster.").removesuffix(".upstream_rq_time")
                 found[name] = tuple((float(bucket["upper_bound"]), int(bucket["cumulative"])) for bucket in row["buckets"])
         return found
+
+    def answers(self) -> dict[str, tuple[int, int]]:
+        """Answers by the cluster that a route names: all of them, and those that were 4xx."""
+        text = self._call("GET", "/stats?type=Counters&format=json&filter=%5C.upstream_rq_(completed%7C4xx)%24")
+        found: dict[str, dict[str, int]] = {}
+        for stat in json.loads(text).get("stats", []):
+            name, _, kind = stat["name"].removeprefix("cluster.").rpartition(".")
+            if not name.endswith(".retry"):  # answers that nobody got, for the request was asked again
+                found.setdefault(name, {})[kind] = int(stat["value"])
+        return {name: (kinds.get("upstream_rq_completed", 0), kinds.get("upstream_rq_4xx", 0)) for name, kinds in found.items()}
 
     def reopen_logs(self) -> None:
         self._call("POST", "/reopen_logs")

@@ -2,16 +2,18 @@
 
 Envoy v3 API (listener, cluster, route). Every arm is a cluster `<model>/<arm>` of one server, health-checked actively and
 passively. Callers reach it through an *aggregate* cluster `<model>/<arm>|<stand-ins>`: while the arm is alive it answers, and
-when it is dead the stand-ins do, so that a dead version costs no caller an error.
+when it is dead the stand-ins do, so that a dead version costs no caller an error. A caller that names a version reaches the same
+server by the cluster `<model>/<arm>@named`, whose counts are no evidence: whoever names an arm chooses what it meets.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mlops_dagster.core.routes import PER_MILLE, Mirror, Routes, Sticky
+from mlops_dagster.core.routes import PER_MILLE, Mirror, Routes, Sticky, version_of
 from mlops_dagster.resources.serving import ServingOptions
 
 Json = dict[str, Any]
@@ -21,9 +23,15 @@ VERSION_HEADER = "x-mlops-version"  # a caller names the arm that must answer
 SHADOW_HEADER = "x-mlops-shadow"  # only the gateway sets it: this request is a copy, its answer goes nowhere
 METADATA = "mlops"
 UNIT = "unit"  # the sticky key that chose the arm, for the log of an A/B test
-UNIT_FILTER = "envoy.filters.http.header_to_metadata"
+UNIT_HEADER = "x-mlops-unit"  # salt and sticky key, from the gateway to itself: what is hashed
+UNIT_FILTER = "sticky_key"
+CLIENT_HEADER = "x-mlops-client"  # only the gateway sets it: whose API key it was
+NAMED = "@named"
 KEY_FILTER = "envoy.filters.http.lua"
 _TYPE = "type.googleapis.com/envoy."
+_LUA_CONTEXT = f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute"
+_HASHED_UNIT = {"header": {"header_name": UNIT_HEADER}, "terminal": True}
+"""XXH64(salt + ":" + key), as `core.routes.bucket` computes it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,11 @@ def cluster_name(model: str, arm: str) -> str:
     return f"{model}/{arm}"
 
 
+def named_cluster_name(model: str, arm: str) -> str:
+    """The cluster of the callers that name the arm."""
+    return f"{model}/{arm}{NAMED}"
+
+
 def answering_cluster_name(model: str, order: Sequence[str]) -> str:
     """The cluster that answers for `order[0]`; its members are part of the name, so a live one is never changed in place."""
     return f"{model}/{order[0]}|{','.join(order[1:])}"
@@ -63,6 +76,7 @@ def clusters(published: Mapping[str, Published], also: Mapping[str, Sequence[Seq
     found: list[Json] = []
     for model in published.values():
         found += [_arm_cluster(model, backend) for backend in model.backends]
+        found += [_static_cluster(named_cluster_name(model.model, backend.key), backend) for backend in model.backends]
         orders = dict.fromkeys([*model.order.values(), *(tuple(order) for order in (also or {}).get(model.model, ()))])
         known = {backend.key for backend in model.backends}
         found += [_answering_cluster(model.model, order) for order in orders if set(order) <= known]
@@ -70,7 +84,6 @@ def clusters(published: Mapping[str, Published], also: Mapping[str, Sequence[Seq
 
 
 def _arm_cluster(model: Published, backend: Backend) -> Json:
-    name = cluster_name(model.model, backend.key)
     check = {
         "timeout": "2s",
         "interval": "1s",
@@ -82,6 +95,16 @@ def _arm_cluster(model: Published, backend: Backend) -> Json:
         "http_health_check": {"path": "/v2/health/ready"},
     }
     return {
+        **_static_cluster(cluster_name(model.model, backend.key), backend),
+        "health_checks": [check],
+        "close_connections_on_host_health_failure": True,
+        "outlier_detection": _outlier_detection(),
+    }
+
+
+def _static_cluster(name: str, backend: Backend) -> Json:
+    """One server that is asked whatever its health: nobody stands in for it."""
+    return {
         "name": name,
         "type": "STATIC",
         "connect_timeout": "0.5s",
@@ -89,9 +112,6 @@ def _arm_cluster(model: Published, backend: Backend) -> Json:
             "cluster_name": name,
             "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(backend.address)}}]}],
         },
-        "health_checks": [check],
-        "close_connections_on_host_health_failure": True,
-        "outlier_detection": _outlier_detection(),
         "circuit_breakers": _circuit_breakers(),
     }
 
@@ -138,6 +158,7 @@ def route_configuration(published: Mapping[str, Published]) -> Json:
     nothing = "no model is served at this path; GET /v1/models lists those that are"
     rows += [
         _json_row("/v1/models", {"models": sorted(published)}),
+        _json_row("/v2", {"name": "mlops-gateway", "version": _software(), "extensions": ["binary_tensor_data"]}),
         _json_row("/v2/health/live", {"live": True}),
         _json_row("/v2/health/ready", {"ready": True}),
         {"match": {"prefix": "/"}, "direct_response": _error(404, nothing)},
@@ -149,17 +170,43 @@ def route_configuration(published: Mapping[str, Published]) -> Json:
         "name": ROUTES_NAME,
         "domains": ["*"],
         "routes": rows,
-        "request_headers_to_remove": [SHADOW_HEADER],
+        "request_headers_to_remove": [SHADOW_HEADER, UNIT_HEADER],
     }
     return {"name": ROUTES_NAME, "virtual_hosts": [host], "max_direct_response_body_size_bytes": 1 << 20}
 
 
 def model_routes(model: Published) -> list[Json]:
-    """A model's rows, most specific first: an arm asked for by name, a match rule, sticky weights, weights."""
+    """A model's rows, most specific first: a version by its path, an arm by its name, a match rule, sticky weights, weights."""
+    paths = (
+        {"prefix": f"/v1/models/{model.model}:"},
+        {"path_separated_prefix": f"/v1/models/{model.model}"},
+        {"path_separated_prefix": f"/v2/models/{model.model}"},
+    )
+    return _version_rows(model) + [_row(model, path, rule, action) for path in paths for rule, action in _rules(model)]
+
+
+def _version_rows(model: Published) -> list[Json]:
+    """The Open Inference Protocol's paths with a version; one that does not run is for the predictors to refuse."""
+    arms = {version_of(backend.key): backend.key for backend in model.backends}
+    arms |= {backend.key: backend.key for backend in model.backends if version_of(backend.key) == backend.key}
+    return [
+        _row(model, {"path_separated_prefix": f"/v2/models/{model.model}/versions/{number}"}, {}, _named(model, arm))
+        for number, arm in arms.items()
+    ]
+
+
+def _named(model: Published, arm: str) -> Json:
+    """To the arm that a caller names, beside the counts that are evidence; a preview that only its testers ask is judged by them."""
+    match, mirror = model.routes.match, model.routes.mirror
+    is_tested = match is not None and match.arm == arm and mirror is None
+    name = (cluster_name if is_tested else named_cluster_name)(model.model, arm)
+    return {"route": _action(model, {"cluster": name}, stand_ins=False)}
+
+
+def _rules(model: Published) -> list[tuple[Json, Json]]:
     rules: list[tuple[Json, Json]] = []
     for backend in model.backends:
-        named = _header(VERSION_HEADER, {"string_match": {"exact": backend.key}})
-        rules.append((named, {"route": _action(model, {"cluster": cluster_name(model.model, backend.key)}, stand_ins=False)}))
+        rules.append((_header(VERSION_HEADER, {"string_match": {"exact": backend.key}}), _named(model, backend.key)))
     keys = ", ".join(sorted(backend.key for backend in model.backends))
     rules.append(
         (
@@ -173,20 +220,13 @@ def model_routes(model: Published) -> list[Json]:
         rules.append(
             (_header(routes.match.header, {"string_match": {"exact": routes.match.value}}), {"route": _action(model, target)})
         )
+    by_weight: Json = {"route": _action(model, _weights(model, by_hash=False))}
     if routes.sticky is not None and len(routes.serving) > 1:
         action = _action(model, _weights(model, by_hash=True))
-        chosen = {
-            "route": {**action, "hash_policy": [_hash_policy(routes.sticky)]},
-            "typed_per_filter_config": _unit(routes.sticky),
-        }
-        rules.append((_sticky_present(routes.sticky), chosen))
-    rules.append(({}, {"route": _action(model, _weights(model, by_hash=False))}))
-    paths = (
-        {"prefix": f"/v1/models/{model.model}:"},
-        {"path_separated_prefix": f"/v1/models/{model.model}"},
-        {"path_separated_prefix": f"/v2/models/{model.model}"},
-    )
-    return [_row(model, path, rule, action) for path in paths for rule, action in rules]
+        rules.append((_header(UNIT_HEADER, {"present_match": True}), {"route": {**action, "hash_policy": [_HASHED_UNIT]}}))
+        by_weight["typed_per_filter_config"] = {UNIT_FILTER: _takes_unit(routes.sticky)}
+    rules.append(({}, by_weight))
+    return rules
 
 
 def _row(model: Published, path: Json, rule: Json, action: Json) -> Json:
@@ -203,8 +243,12 @@ def _row(model: Published, path: Json, rule: Json, action: Json) -> Json:
 
 def _asks_for_keys(clients: Mapping[str, str]) -> Json:
     """Hands a model's clients to the API key filter: part of the routes, so that a change holds for open connections too."""
-    kind = f"{_TYPE}extensions.filters.http.lua.v3.LuaPerRoute"
-    return {"@type": kind, "filter_context": {"clients": dict(sorted(clients.items()))}}
+    return {"@type": _LUA_CONTEXT, "filter_context": {"clients": dict(sorted(clients.items()))}}
+
+
+def _takes_unit(sticky: Sticky) -> Json:
+    """Has the filter of sticky keys take the key out; a request that has one is then routed again, by its `UNIT_HEADER`."""
+    return {"@type": _LUA_CONTEXT, "filter_context": {"by": sticky.by, "name": sticky.name, "salt": sticky.salt}}
 
 
 def _weights(model: Published, by_hash: bool) -> Json:
@@ -263,36 +307,6 @@ def _retry_policy(model: Published, stand_ins: bool) -> Json:
     return policy
 
 
-def _hash_policy(sticky: Sticky) -> Json:
-    """XXH64(salt + ":" + value), as `core.routes.bucket` computes it. A cookie is cut out of its header, which is hashed
-    likewise.
-    """
-    if sticky.by == "header":
-        header, pattern = sticky.name, "^(.*)$"
-    else:
-        header, pattern = "cookie", rf"^(?:.*;\s*)?{_quoted(sticky.name)}=([^;]*).*$"
-    rewrite = {"pattern": {"regex": pattern}, "substitution": sticky.salt + r":\1"}
-    return {"header": {"header_name": header, "regex_rewrite": rewrite}, "terminal": True}
-
-
-def _unit(sticky: Sticky) -> Json:
-    """Keep the sticky key with the request, where the unit log finds it and no server sees it."""
-    kept = {"metadata_namespace": METADATA, "key": UNIT, "type": "STRING"}
-    rule = {sticky.by: sticky.name, "on_header_present": kept, "remove": False}
-    kind = f"{_TYPE}extensions.filters.http.header_to_metadata.v3.Config"
-    return {UNIT_FILTER: {"@type": kind, "request_rules": [rule]}}
-
-
-def _sticky_present(sticky: Sticky) -> Json:
-    if sticky.by == "header":
-        return _header(sticky.name, {"present_match": True})
-    return _header("cookie", {"string_match": {"safe_regex": {"regex": rf"(?:.*;\s*)?{_quoted(sticky.name)}=.*"}}})
-
-
-def _quoted(text: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "_-" else f"\\{letter}" for letter in text)
-
-
 def _header(name: str, how: Json) -> Json:
     return {"headers": [{"name": name, **how}]}
 
@@ -318,6 +332,13 @@ def _json_row(path: str, body: Json) -> Json:
     kind = {"header": {"key": "content-type", "value": "application/json"}, "append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}
     answer = {"status": 200, "body": {"inline_string": json.dumps(body)}}
     return {"name": "gateway", "match": {"path": path}, "direct_response": answer, "response_headers_to_add": [kind]}
+
+
+def _software() -> str:
+    try:
+        return version("mlops_dagster")
+    except PackageNotFoundError:
+        return "0"
 
 
 def _error(status: int, message: str) -> Json:

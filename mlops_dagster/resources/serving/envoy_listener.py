@@ -6,7 +6,15 @@ from importlib import resources
 from typing import Any
 
 from mlops_dagster.core.measurements import DEFAULT_BOUNDS_MS
-from mlops_dagster.resources.serving.envoy_config import METADATA, ROUTES_NAME, UNIT, VERSION_HEADER
+from mlops_dagster.resources.serving.envoy_config import (
+    CLIENT_HEADER,
+    METADATA,
+    ROUTES_NAME,
+    UNIT,
+    UNIT_FILTER,
+    UNIT_HEADER,
+    VERSION_HEADER,
+)
 
 Json = dict[str, Any]
 
@@ -74,6 +82,7 @@ def listener(gateway: Gateway, folder: str, access_log: str, unit_log: str) -> J
         "stat_prefix": "gateway",
         "rds": {"route_config_name": ROUTES_NAME, "config_source": _source(folder, "rds")},
         "http_filters": _filters(gateway),
+        "early_header_mutation_extensions": [_own_headers_removed()],
         "use_remote_address": True,
         "preserve_external_request_id": True,
         "always_set_request_id_in_response": True,
@@ -98,6 +107,16 @@ def listener(gateway: Gateway, folder: str, access_log: str, unit_log: str) -> J
     }
 
 
+def _own_headers_removed() -> Json:
+    """What only the gateway may say is taken out of a request before anything looks at it."""
+    kind = f"{_TYPE}extensions.http.early_header_mutation.header_mutation.v3.HeaderMutation"
+    removed = [{"remove": name} for name in (CLIENT_HEADER, UNIT_HEADER)]
+    return {
+        "name": "envoy.http.early_header_mutation.header_mutation",
+        "typed_config": {"@type": kind, "mutations": removed},
+    }
+
+
 def _errors_as_json() -> Json:
     """Every error that the gateway itself answers has the predictors' form: an object with `error`."""
     failed = {"status_code_filter": {"comparison": {"op": "GE", "value": {"default_value": 400, "runtime_key": "unused"}}}}
@@ -109,7 +128,8 @@ def _filters(gateway: Gateway) -> list[Json]:
     keys = _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": api_key_script(gateway.api_keys)})
     # Without keys of the whole gateway only the routes of models with clients of their own turn it on (see `envoy_config`).
     chosen.insert(0, keys if gateway.api_keys else {**keys, "disabled": True})
-    chosen.append(_filter("header_to_metadata", "header_to_metadata.v3.Config"))
+    units = _filter("lua", "lua.v3.Lua", default_source_code={"inline_string": _sticky_key_script()})
+    chosen.append({**units, "name": UNIT_FILTER, "disabled": True})  # the routes of an A/B test turn it on
     chosen.append(_filter("local_ratelimit", "local_ratelimit.v3.LocalRateLimit", stat_prefix="rate"))
     chosen.append(_filter("router", "router.v3.Router"))
     return chosen
@@ -124,6 +144,13 @@ def api_key_script(api_keys: Mapping[str, str]) -> str:
     source = resources.files("mlops_dagster.resources.serving").joinpath("api_keys.lua").read_text()
     known = "\n".join(f'  ["{digest}"] = "{client}",' for client, digest in sorted(api_keys.items()))
     return source.replace("--CLIENTS--", known)
+
+
+def _sticky_key_script() -> str:
+    source = resources.files("mlops_dagster.resources.serving").joinpath("sticky_key.lua").read_text()
+    for name, value in (("METADATA", METADATA), ("UNIT", UNIT), ("UNIT_HEADER", UNIT_HEADER)):
+        source = source.replace(f"--{name}--", value)
+    return source
 
 
 def _access_log(path: str) -> Json:
@@ -143,7 +170,7 @@ def _access_log(path: str) -> Json:
         "milliseconds": "%DURATION%",
         "bytes_received": "%BYTES_RECEIVED%",
         "bytes_sent": "%BYTES_SENT%",
-        "client": "%REQ(X-MLOPS-CLIENT)%",
+        "client": f"%REQ({CLIENT_HEADER})%",
     }
     return _log_file(path, line)
 
