@@ -22,7 +22,7 @@ from mlops_dagster.core.spec import ModelSpec
 from mlops_dagster.resources.data_lake import Lake
 from mlops_dagster.resources.training import mlflow_export, onnx_export
 from mlops_dagster.resources.training.onnx_export import Difference
-from mlops_dagster.serving.artifact import MODEL_FILE, Feature, RequestInput, Signature, digest, write_signature
+from mlops_dagster.serving.artifact import FEATURES_FILE, MODEL_FILE, Feature, RequestInput, Signature, digest, write_signature
 
 STAGE = "trained_model"
 CHECKS = {
@@ -52,7 +52,8 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
         rows = lake.read(training_set["key"])
         estimator = fit(spec, context.resources, rows, training_set["features"], best["parameters"])
         signature = signature_of(spec, context.resources.feature_store.signature(spec.name), rows, estimator)
-        artifact, difference = store(spec, lake, estimator, signature, rows)
+        definitions = context.resources.feature_store.definitions(spec.name)
+        artifact, difference = store(spec, lake, estimator, signature, rows, definitions)
         manifest = {
             "digest": artifact,
             "native": keep_native(spec, lake, estimator, artifact),
@@ -111,13 +112,16 @@ def _classes(estimator: Any, label: pa.ChunkedArray) -> tuple[Any, ...]:
     return tuple(int(c) if float(c).is_integer() else c for c in found)
 
 
-def store(spec: ModelSpec, lake: Lake, estimator: Any, signature: Signature, rows: pa.Table) -> tuple[str, Difference]:
+def store(
+    spec: ModelSpec, lake: Lake, estimator: Any, signature: Signature, rows: pa.Table, definitions: bytes
+) -> tuple[str, Difference]:
     """Write the artifact to the lake; returns its digest and how far its answers on the held-out rows are from the estimator's."""
     features = rows.select([f.name for f in signature.features])
     with tempfile.TemporaryDirectory(prefix="mlops-artifact-") as temporary:
         folder = Path(temporary)
         write_model(spec, estimator, signature, folder)
         write_signature(folder, signature)
+        (folder / FEATURES_FILE).write_bytes(definitions)
         given = answers(folder, digest(folder), rows)
         answered = with_answers(features, given)
         (folder / "reference_profile.json").write_bytes(canonical(Profile.of(answered).to_dict()))

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from mlops_dagster.core.errors import DataError, TransientError
 from mlops_dagster.serving import open_inference, protocol, tensors
-from mlops_dagster.serving.artifact import RESERVED
 from mlops_dagster.serving.http_connection import Request
 from mlops_dagster.serving.inference_log import InferenceLog
 from mlops_dagster.serving.log_rows import Event
@@ -17,7 +16,7 @@ from mlops_dagster.serving.metrics import Metrics
 from mlops_dagster.serving.pages import JSON, Pages
 from mlops_dagster.serving.pooled import one_at_a_time
 from mlops_dagster.serving.protocol import Batch
-from mlops_dagster.serving.rows import InputError, RowReader, check_distinct, event_time, row_id
+from mlops_dagster.serving.rows import InputError, RowReader, check_distinct, event_time, event_times, row_id
 from mlops_dagster.serving.scoring import Scorer
 
 SHADOW_HEADER = b"x-mlops-shadow"
@@ -141,7 +140,7 @@ class Predictor:
         rows = [self._reader.read(instance, number) for number, instance in enumerate(found)]
         ids = [row_id(instance, number) for number, instance in enumerate(found)]
         check_distinct(ids)
-        times = [event_time(i.get("event_timestamp"), n) if type(i) is dict else None for n, i in enumerate(found)]
+        times = event_times([i.get("event_timestamp") if type(i) is dict else None for i in found])
         columns = [protocol.column(list(c), f) for c, f in zip(zip(*rows, strict=True), self._signature.features, strict=True)]
         return Batch(columns, ids, times)
 
@@ -216,12 +215,13 @@ class Predictor:
         self._pool.submit(work, *arguments)
 
     def _complete(self, found: list[Any]) -> list[Any]:
-        """`found` with its incomplete rows completed, in one read of the store."""
+        """`found` with its incomplete rows completed, in one read of the store; what a row brings itself is checked and stays."""
         assert self._online is not None
         lacking = [n for n, i in enumerate(found) if self._reader.lacks_features(i)]
-        complete = dict(zip(lacking, self._online.complete([found[n] for n in lacking]), strict=True))
-        # The store knows the features only: what says which row it is and when stays the caller's.
-        return [{**_reserved(i), **complete[n]} if n in complete else i for n, i in enumerate(found)]
+        sent = [{**found[n], **self._reader.sent(found[n], n)} for n in lacking]
+        complete = zip(lacking, sent, self._online.complete(sent), strict=True)
+        whole = {n: {**stored, **own} for n, own, stored in complete}
+        return [whole.get(n, instance) for n, instance in enumerate(found)]
 
     def _completed_v1(self, found: list[Any], asked: Request, identity: str, begun: int) -> None:
         try:
@@ -268,7 +268,3 @@ def _header_safe(identity: str) -> str:
     return (
         identity[:MAXIMUM_REQUEST_ID] if identity.isascii() and identity.isprintable() else ascii(identity)[1:MAXIMUM_REQUEST_ID]
     )
-
-
-def _reserved(instance: Any) -> dict[str, Any]:
-    return {name: instance[name] for name in RESERVED if name in instance}

@@ -1,8 +1,9 @@
 """The model artifact: a folder that is served only if its bytes are the ones that were registered.
 
-`signature.json`, the model, and whatever else was stored beside them (`reference_profile.json`, `reference_sample.parquet`). The model
-is `model.onnx` or, where an estimator has no ONNX form, an MLflow model in the folder `mlflow/`. Nothing of it is unpickled here: the
-latter is MLflow's own server's to load, after its bytes were compared with the digest.
+`signature.json`, the model, the definitions of its features (`feature_definitions.pb`, a Feast registry), and whatever else was stored
+beside them (`reference_profile.json`, `reference_sample.parquet`). The model is `model.onnx` or, where an estimator has no ONNX form, an
+MLflow model in the folder `mlflow/`. Nothing of it is unpickled here: MLflow's own server and Feast load what is theirs, after the bytes
+were compared with the digest.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from mlops_dagster.core.errors import ArtifactError
 
 MODEL_FILE = "model.onnx"
 SIGNATURE_FILE = "signature.json"
+FEATURES_FILE = "feature_definitions.pb"
 NATIVE_FOLDER = "mlflow"
 NATIVE_FILE = f"{NATIVE_FOLDER}/MLmodel"
 DTYPES = ("float64", "int64", "string", "bool")
@@ -98,7 +100,8 @@ class Signature:
 class Artifact:
     """A model folder whose digest was compared with the registered one, with the very bytes that were hashed.
 
-    `model` is the ONNX model; empty where `native` has the files of an MLflow model, by their paths below `mlflow/`.
+    `model` is the ONNX model; empty where `native` has the files of an MLflow model, by their paths below `mlflow/`. `definitions` are
+    those of the features that it was trained with, as a Feast registry; None in artifacts made before they were kept.
     """
 
     folder: Path
@@ -106,6 +109,7 @@ class Artifact:
     signature: Signature
     model: bytes
     native: Mapping[str, bytes] = field(default_factory=dict)
+    definitions: bytes | None = None
 
 
 def digest(folder: Path | str) -> str:
@@ -160,13 +164,16 @@ def load(folder: Path | str, sha256: str) -> Artifact:
     The model is handed on from memory, so that a file swapped after the comparison is not the one that is served.
     """
     folder = Path(folder)
-    found, kept = _digest(folder, lambda name: name in (MODEL_FILE, SIGNATURE_FILE) or name.startswith(f"{NATIVE_FOLDER}/"))
+    found, kept = _digest(
+        folder, lambda name: name in (MODEL_FILE, SIGNATURE_FILE, FEATURES_FILE) or name.startswith(f"{NATIVE_FOLDER}/")
+    )
     if found != sha256.strip().lower():
         raise ArtifactError(
             f"The artifact in {folder} has SHA-256 {found}, but the registered one is {sha256}: its bytes changed. "
             "Restore the folder from the registry, or register and approve this one as a new version."
         )
     model, signature = kept.pop(MODEL_FILE, b""), kept.pop(SIGNATURE_FILE, b"")
+    definitions = kept.pop(FEATURES_FILE, None)
     native = {name.removeprefix(f"{NATIVE_FOLDER}/"): content for name, content in kept.items()}
     if not signature or not (model or NATIVE_FILE in kept):
         absent = MODEL_FILE if signature else SIGNATURE_FILE
@@ -175,7 +182,7 @@ def load(folder: Path | str, sha256: str) -> Artifact:
         )
     if model and native:
         raise ArtifactError(f"The artifact in {folder} has both {MODEL_FILE} and {NATIVE_FILE}; only one of them can be served.")
-    return Artifact(folder, found, Signature.from_json(signature), model, native)
+    return Artifact(folder, found, Signature.from_json(signature), model, native, definitions)
 
 
 def _digest(folder: Path, keep: Callable[[str], bool]) -> tuple[str, dict[str, bytes]]:

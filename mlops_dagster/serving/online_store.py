@@ -51,7 +51,7 @@ def reader_for(store: Any, views: Sequence[StoredView]) -> Reader:
 
 
 class SqliteReader:
-    """One statement over the tables of all views, on a read-only connection per thread."""
+    """One statement over the tables of all views, on a read-only connection per thread; a view whose table was dropped has no rows."""
 
     def __init__(self, store: Any, views: Sequence[StoredView]) -> None:
         from feast.infra.online_stores.sqlite import _quote_id, _table_id
@@ -82,9 +82,15 @@ class SqliteReader:
         if not names:
             return found
         by_position = [(found[name], self._features[name]) for name in names]
-        for position, key, feature, value, moment in self._connection().execute(
-            statement, [key for name in names for key in wanted[name]]
-        ):
+        try:
+            rows = self._connection().execute(statement, [key for name in names for key in wanted[name]])
+        except sqlite3.OperationalError:
+            tables = {f'"{row[0]}"' for row in self._connection().execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            there = [name for name in names if self._tables[name] in tables]
+            if not tables or there == names:
+                raise
+            return found | self.read({name: wanted[name] for name in there})
+        for position, key, feature, value, moment in rows:
             entities, features = by_position[position]
             if feature in features:
                 if key not in entities:

@@ -1,6 +1,7 @@
 """Request rows against the signature: what is wrong is said by instance and field, what is right passes in a microsecond."""
 
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any
@@ -10,6 +11,8 @@ from mlops_dagster.serving.artifact import RESERVED, Feature, Signature
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 FIRST_YEAR, LAST_YEAR = 1900, 2200
+MAXIMUM_DAYS = 366  # of the rows of one request: the log has a file for each day
+MAXIMUM_ID = 1024  # characters
 KNOWN_TYPES_LIMIT = 4096
 ACCEPTED: dict[str, tuple[type, ...]] = {"float64": (float, int), "int64": (int,), "bool": (bool,), "string": (str,)}
 EXPECTED = {"float64": "a number", "int64": "a whole number", "bool": "true or false", "string": "a string"}
@@ -67,6 +70,15 @@ class RowReader:
             )
         return self.check(row, number)
 
+    def sent(self, instance: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """The features that an incomplete instance brings itself, of the signature's types; raises InputError, also for unknown names."""
+        if not instance.keys() <= self._allowed:
+            raise self._unknown(instance, number)
+        found = {f.name: _value(instance[f.name], f, number) for f in self.features if f.name in instance}
+        for name in (self.names[i] for i in self._whole if self.names[i] in found):
+            _check_range(found[name], name, number)
+        return found
+
     def check(self, row: Row, number: int) -> Row:
         """`row` with its types as the signature has them; raises InputError."""
         types = tuple(map(type, row))
@@ -75,9 +87,7 @@ class RowReader:
             if len(self._known) < KNOWN_TYPES_LIMIT:
                 self._known.add(types)
         for i in self._whole:
-            value = row[i]
-            if value is not None and not INT64_MIN <= value <= INT64_MAX:
-                raise InputError(f"instances[{number}].{self.names[i]} is {value}, outside the range of a 64-bit integer.")
+            _check_range(row[i], self.names[i], number)
         return row
 
     def _convert(self, row: Row, number: int) -> tuple[Row, tuple[type, ...]]:
@@ -102,6 +112,11 @@ class RowReader:
         )
 
 
+def _check_range(value: Any, name: str, number: int) -> None:
+    if value is not None and not INT64_MIN <= value <= INT64_MAX:
+        raise InputError(f"instances[{number}].{name} is {value}, outside the range of a 64-bit integer.")
+
+
 def _value(value: object, feature: Feature, number: int) -> object:
     """`value` as the feature's type; only a float without a fraction is converted (JSON has one number type)."""
     if value is None:
@@ -113,17 +128,40 @@ def _value(value: object, feature: Feature, number: int) -> object:
     if feature.dtype == "int64" and type(value) is float and value.is_integer():
         return int(value)
     raise InputError(
-        f"instances[{number}].{feature.name} is {_json_type(value)} ({_short(value)}); it must be {EXPECTED[feature.dtype]}."
+        f"instances[{number}].{feature.name} is {_json_type(value)} ({short(value)}); it must be {EXPECTED[feature.dtype]}."
     )
 
 
 def row_id(instance: object, number: int) -> str:
-    """The row's reserved `id` as a string, or `#` and its position when it has none; raises InputError when it is neither string nor integer."""
+    """The row's reserved `id` as a string, or `#` and its position when it has none.
+
+    Raises InputError for anything but a short string or an integer.
+    """
     if type(instance) is not dict or (value := instance.get("id")) is None:
         return f"#{number}"
-    if type(value) is str or type(value) is int:
+    if type(value) is str:
+        return short_id(value, number)
+    if type(value) is int:
         return str(value)
-    raise InputError(f"instances[{number}].id is {_json_type(value)} ({_short(value)}); it must be a string or an integer.")
+    raise InputError(f"instances[{number}].id is {_json_type(value)} ({short(value)}); it must be a string or an integer.")
+
+
+def short_id(value: str, number: int) -> str:
+    """`value`, the id of row `number`, which every row of the log repeats; raises InputError where it is long."""
+    if len(value) > MAXIMUM_ID:
+        raise InputError(f"instances[{number}].id has {len(value)} characters; at most {MAXIMUM_ID} are taken.")
+    return value
+
+
+def event_times(values: Iterable[object]) -> list[datetime | None]:
+    """`event_time` of each row of a request; raises InputError also where they lie on more than `MAXIMUM_DAYS` days (in UTC)."""
+    moments = [event_time(value, number) for number, value in enumerate(values)]
+    if len(moments) > MAXIMUM_DAYS and (days := len({m.toordinal() for m in moments if m})) > MAXIMUM_DAYS:
+        raise InputError(
+            f"The event_timestamp values of the rows lie on {days} days; at most {MAXIMUM_DAYS} are taken. Send the rows of each year in "
+            "a request of their own."
+        )
+    return moments
 
 
 def event_time(value: object, number: int) -> datetime | None:
@@ -136,11 +174,11 @@ def event_time(value: object, number: int) -> datetime | None:
         moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     except (TypeError, ValueError, OverflowError):
         raise InputError(
-            f"instances[{number}].event_timestamp is {_short(value)}; it must be an ISO 8601 time such as 2013-02-17T08:30:00Z."
+            f"instances[{number}].event_timestamp is {short(value)}; it must be an ISO 8601 time such as 2013-02-17T08:30:00Z."
         ) from None
     if not FIRST_YEAR <= moment.year < LAST_YEAR:
         raise InputError(
-            f"instances[{number}].event_timestamp is {_short(value)}; it must lie between {FIRST_YEAR} and {LAST_YEAR}."
+            f"instances[{number}].event_timestamp is {short(value)}; it must lie between {FIRST_YEAR} and {LAST_YEAR}."
         )
     return moment
 
@@ -169,6 +207,11 @@ def _json_type(value: object) -> str:
     return "null" if value is None else kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def short(value: object) -> str:
+    """What a caller sent, in at most 80 characters, however long or deep it is (JSON may nest deeper than `repr` goes)."""
+    text = _SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200

@@ -244,7 +244,8 @@ def _fit(column: np.ndarray, kind: str, feature: Feature) -> np.ndarray:
         return np.array(["" if v is None else v for v in column], dtype=object)
     wide = column.astype(np.float64 if element in (np.float32, np.float64) else element if element is np.bool_ else np.int64)
     limit = _limit(kind)
-    if limit is not None and (too_big := np.abs(wide) > limit).any():
+    # Not by np.abs: the smallest 64-bit integer is its own absolute value.
+    if limit is not None and (too_big := (wide > limit) | (wide < -limit)).any():
         where = int(np.argmax(too_big))
         raise _out_of_range(feature, where, wide[where])
     return wide.astype(element)

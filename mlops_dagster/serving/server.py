@@ -74,17 +74,17 @@ def main(given: list[str] | None = None) -> int:
         artifact = load(chosen.artifact, chosen.sha256)
         if artifact.native:  # its start takes seconds, and a stop in between must not leave its files behind
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        sha256, opening = artifact.sha256, opened(artifact, chosen.onnx_threads)
+        sha256, definitions, opening = artifact.sha256, artifact.definitions, opened(artifact, chosen.onnx_threads)
         del artifact  # the model's bytes, which the scorer or MLflow's server has from here on
         with opening as scorer:
-            return _answer(chosen, sha256, scorer)
+            return _answer(chosen, sha256, definitions, scorer)
     except ArtifactError as error:
         return _fail(EXIT_ARTIFACT, error)
     except ServingError as error:
         return _fail(EXIT_MODEL, error)
 
 
-def _answer(chosen: argparse.Namespace, sha256: str, scorer: Scorer) -> int:
+def _answer(chosen: argparse.Namespace, sha256: str, definitions: bytes | None, scorer: Scorer) -> int:
     """All around the scorer, and then `serve`."""
     try:
         bound = bind(chosen.host, chosen.port)
@@ -95,7 +95,7 @@ def _answer(chosen: argparse.Namespace, sha256: str, scorer: Scorer) -> int:
         )
     metrics = Metrics(chosen.model, chosen.version, chosen.arm)
     try:
-        online, pool = _online(chosen)
+        online, pool = _online(chosen, definitions)
         log = InferenceLog(
             chosen.log_root,
             scorer.signature,
@@ -149,6 +149,7 @@ def serve(
     while not asked.wait(SWEEP_SECONDS):
         server.give_up_bodies(BODY_SECONDS)
     pages.draining = True
+    server.drain()
     time.sleep(0 if lost.is_set() else drain_seconds)
     server.stop()
     in_time = server.wait(grace_seconds)
@@ -188,12 +189,13 @@ def request_ids() -> Iterator[str]:
     return (f"{prefix}-{number:x}" for number in itertools.count(1))
 
 
-def _online(chosen: argparse.Namespace) -> tuple[OnlineFeatures | None, BoundedPool | None]:
+def _online(chosen: argparse.Namespace, definitions: bytes | None) -> tuple[OnlineFeatures | None, BoundedPool | None]:
     if chosen.feature_repo is None:
         return None, None
     from mlops_dagster.serving.transformer import OnlineFeatures as FeastFeatures
 
-    return FeastFeatures(chosen.feature_repo, chosen.model), BoundedPool(FEATURE_STORE_THREADS, WAITING, "feature-store")
+    found = FeastFeatures(chosen.feature_repo, chosen.model, definitions=definitions)
+    return found, BoundedPool(FEATURE_STORE_THREADS, WAITING, "feature-store")
 
 
 def _name(value: str) -> str:

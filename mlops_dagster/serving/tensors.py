@@ -5,7 +5,7 @@ import numpy as np
 from mlops_dagster.serving.artifact import RESERVED, Feature, Signature
 from mlops_dagster.serving.open_inference import Tensor
 from mlops_dagster.serving.protocol import Batch
-from mlops_dagster.serving.rows import INT64_MAX, InputError, check_distinct, event_time
+from mlops_dagster.serving.rows import INT64_MAX, InputError, check_distinct, event_times, short_id
 
 KINDS = {"float64": "fiu", "int64": "iu", "bool": "b", "string": "O"}
 DATATYPE_NAMES = {
@@ -25,8 +25,16 @@ def to_rows(tensors: list[Tensor], signature: Signature, may_lack_features: bool
     if unknown := given - known:
         raise _unknown(sorted(unknown)[0], known)
     count = _count(tensors)
-    columns = {t.name: _single(t, count).tolist() for t in tensors}
+    features = {f.name: f for f in signature.features}
+    columns = {t.name: _values(t, _single(t, count), features.get(t.name)) for t in tensors}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _values(tensor: Tensor, values: np.ndarray, feature: Feature | None) -> list[object]:
+    """A column as plain values, NaN as None; that of a feature checked as in a whole row."""
+    column = values if feature is None else _column(values, tensor.datatype, feature, tensor.name)
+    listed = column.tolist()
+    return [None if v != v else v for v in listed] if column.dtype.kind == "f" else listed
 
 
 def to_batch(tensors: list[Tensor], signature: Signature) -> Batch:
@@ -125,11 +133,12 @@ def _single(tensor: Tensor, count: int) -> np.ndarray:
 def _reserved(found: dict[str, Tensor], count: int) -> tuple[list[str], list]:
     ids = [f"#{i}" for i in range(count)]
     if tensor := found.get("id"):
-        ids = [i if v is None else str(v) for i, v in zip(ids, _single(tensor, count).tolist(), strict=True)]
+        given = enumerate(_single(tensor, count).tolist())
+        ids = [ids[i] if v is None else short_id(str(v), i) for i, v in given]
         check_distinct(ids)
     times = [None] * count
     if tensor := found.get("event_timestamp"):
-        times = [event_time(v, i) for i, v in enumerate(_single(tensor, count).tolist())]
+        times = event_times(_single(tensor, count).tolist())
     return ids, times
 
 

@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mlops_dagster.core.errors import DataError, DeclarationError, NotFoundError, StorageError
+from mlops_dagster.core.errors import ArtifactError, DataError, DeclarationError, NotFoundError, StorageError
 from mlops_dagster.serving.feast_import import import_feast
 from mlops_dagster.serving.online_store import Found, Reader, StoredView, reader_for
 
 Row = dict[str, Any]
-WHOLE = ("INT32", "INT64", "UNIX_TIMESTAMP")
+WHOLE = {"INT32": 2**31, "INT64": 2**63, "UNIX_TIMESTAMP": 2**63}  # each with the number that is too large for it
+CONFIGURATION = "feature_store.yaml"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class OnlineFeatures:
     The views, the key encoding and the on-demand functions are resolved once and again when the registry changes. `missing` says what
     an entity that the store does not know gives: None for its features (`null`), or a DataError (`error`); `defaults` maps a feature to
     the value to use in place of None. A value older than its view's time to live, at the row's `event_timestamp` or now, counts as missing,
-    as it does when a training set is made. Raises NotFoundError if the model's features were never applied, StorageError if the store is away.
+    as it does when a training set is made. With `definitions` (the bytes of `HasSignature.definitions`) those hold, whatever is applied
+    later, and a view that the store has dropped since knows no entity. A stored feature that a row brings itself is used in place of the
+    store's. Raises NotFoundError if the model's features were never applied, StorageError if the store is away.
     """
 
     def __init__(
@@ -57,13 +60,15 @@ class OnlineFeatures:
         missing: Literal["null", "error"] = "null",
         defaults: Mapping[str, Any] | None = None,
         clock: Callable[[], float] = time.time,
+        definitions: bytes | None = None,
     ) -> None:
         if missing not in ("null", "error"):
             raise DeclarationError(f"missing is {missing!r}. Use 'null' or 'error'.")
         self._repo, self._model, self._missing, self._clock = Path(repo).absolute(), model, missing, clock
         self._defaults = dict(defaults or {})
         self._lock = threading.Lock()
-        self._registry = self._repo / "registry.db"
+        self._definitions = definitions
+        self._followed = self._repo / ("registry.db" if definitions is None else CONFIGURATION)
         self._plan, self._stamp = self._resolved()
         if unknown := sorted(set(self._defaults) - set(self._plan.features)):
             raise DeclarationError(
@@ -128,12 +133,12 @@ class OnlineFeatures:
             if value is None or (view.ttl_seconds and value[0] < moment - view.ttl_seconds):
                 self._refuse(view, row)
                 value = (0.0, {})
-            stored.append(value[1])
+            stored.append({**value[1], **row})
         for feature in view.features:
             columns[feature] = [values.get(feature) for values in stored]
 
     def _refuse(self, view: StoredView, row: Row) -> None:
-        if self._missing == "error" and not set(view.features) <= set(self._defaults):
+        if self._missing == "error" and not set(view.features) <= {*self._defaults, *row}:
             entity = ", ".join(f"{name}={row[name]!r}" for name in view.keys)
             raise DataError(
                 f"entity {entity}: the online store has no current values of feature view {view.name!r} for it. Materialize or push them, "
@@ -173,36 +178,28 @@ class OnlineFeatures:
         return self._plan
 
     def _stamp_now(self, plan: Plan) -> object:
-        status = os.stat(self._registry)
+        status = os.stat(self._followed)
         return status.st_mtime_ns, status.st_ino, status.st_size, plan.reader.stamp()
 
     def _resolved(self) -> tuple[Plan, object]:
-        if not (self._repo / "feature_store.yaml").exists():
+        if not (self._repo / CONFIGURATION).exists():
             raise NotFoundError(
-                f"features of model {self._model!r}: no feature_store.yaml in {self._repo}. Apply its features first."
+                f"features of model {self._model!r}: no {CONFIGURATION} in {self._repo}. Apply its features first."
             )
-        before = os.stat(self._registry) if self._registry.exists() else None
-        plan = resolve(self._repo, self._model)
+        before = os.stat(self._followed) if self._followed.exists() else None
+        plan = resolve(self._repo, self._model, self._definitions)
         if before is None:
             raise NotFoundError(f"features of model {self._model!r}: no registry in {self._repo}. Apply its features first.")
         return plan, (before.st_mtime_ns, before.st_ino, before.st_size, plan.reader.stamp())
 
 
-def resolve(repo: Path, model: str) -> Plan:
-    """Read the model's feature service from Feast's registry."""
+def resolve(repo: Path, model: str, definitions: bytes | None = None) -> Plan:
+    """Read the model's feature service from `definitions`, else from Feast's registry."""
     import_feast()
     from feast import FeatureStore
-    from feast.errors import FeatureServiceNotFoundException
 
     store = FeatureStore(repo_path=str(repo))
-    try:
-        service = store.get_feature_service(model)
-    except FeatureServiceNotFoundException as error:
-        raise NotFoundError(
-            f"features of model {model!r}: no feature service of that name in {repo}. Apply its features first."
-        ) from error
-    stored = {view.name: view for view in store.list_feature_views()}
-    on_demand = {view.name: view for view in store.list_on_demand_feature_views()}
+    service, stored, on_demand = _registered(store, repo, model) if definitions is None else _kept(definitions)
     features, views, computed = [], {}, []
     request: dict[str, str] = {}
     for projection in service.feature_view_projections:
@@ -227,6 +224,36 @@ def resolve(repo: Path, model: str) -> Plan:
         reader_for(store, plain_views),
         {view.name: _encoder(view, entities) for view in plain_views},
     )
+
+
+def _registered(store: Any, repo: Path, model: str) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The service, the stored views and the on-demand views of a registry."""
+    from feast.errors import FeatureServiceNotFoundException
+
+    try:
+        service = store.get_feature_service(model)
+    except FeatureServiceNotFoundException as error:
+        raise NotFoundError(
+            f"features of model {model!r}: no feature service of that name in {repo}. Apply its features first."
+        ) from error
+    stored = {view.name: view for view in store.list_feature_views()}
+    return service, stored, {view.name: view for view in store.list_on_demand_feature_views()}
+
+
+def _kept(definitions: bytes) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The same of the definitions that a version brings."""
+    from feast import FeatureService, FeatureView, OnDemandFeatureView
+    from feast.protos.feast.core.Registry_pb2 import Registry
+
+    try:
+        found = Registry.FromString(definitions)
+        (service,) = map(FeatureService.from_proto, found.feature_services)
+        stored = {proto.spec.name: FeatureView.from_proto(proto) for proto in found.feature_views}
+        return service, stored, {p.spec.name: OnDemandFeatureView.from_proto(p) for p in found.on_demand_feature_views}
+    except Exception as error:  # whatever Feast, or an on-demand function of a package that is gone, raises
+        raise ArtifactError(
+            f"the feature definitions of the artifact cannot be read: {type(error).__name__}: {error}. Train the version again."
+        ) from error
 
 
 def _sources(view: Any) -> list[str]:
@@ -312,10 +339,10 @@ def _encoder(view: StoredView, entities: Mapping[str, str]) -> Callable[[Row], b
 
 
 def _checked(plan: Plan, position: int, row: Mapping[str, Any]) -> Row:
-    """The row's join keys and request-time values, of the types that the definitions state."""
+    """The row's join keys and request-time values, of the types that the definitions state, and the stored features that it brings."""
     given: Row = {}
     for name, kind in plan.entities.items():
-        if (value := row.get(name)) is None:
+        if (value := _without_nan(row.get(name))) is None:
             raise DataError(
                 f"instance {position}: no value for entity key {name!r}. Give {', '.join((*plan.entities, *plan.request))}."
             )
@@ -325,15 +352,21 @@ def _checked(plan: Plan, position: int, row: Mapping[str, Any]) -> Row:
             raise DataError(
                 f"instance {position}: no value for {name!r}. Give {', '.join((*plan.entities, *plan.request))}; null is allowed."
             )
-        given[name] = None if row[name] is None else _typed(position, name, kind, row[name])
+        value = _without_nan(row[name])
+        given[name] = None if value is None else _typed(position, name, kind, value)
+    given.update({name: row[name] for view in plan.views for name in view.features if name in row})
     return given
 
 
 def _typed(position: int, name: str, kind: str, value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"instance {position}: {name} is {value!r}. Send a finite number.")
     if kind in WHOLE and number and value == int(value):
-        return int(value)
+        if -WHOLE[kind] <= value < WHOLE[kind]:
+            return int(value)
+        raise DataError(f"instance {position}: {name} is {value!r}, outside the range of its type {kind}. Send a smaller number.")
     if kind in ("DOUBLE", "FLOAT") and number:
         return float(value)
     if (kind == "STRING" and isinstance(value, str)) or (kind == "BOOL" and isinstance(value, bool)):

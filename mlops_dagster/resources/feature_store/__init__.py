@@ -70,6 +70,10 @@ class HasSignature(Protocol):
         """Raises NotFoundError if the model's features were never applied."""
         ...
 
+    def definitions(self, model: str) -> bytes:
+        """What was applied last, for `serving.transformer.OnlineFeatures`; equal definitions give equal bytes. Raises NotFoundError."""
+        ...
+
     def columns(self, model: str, define: Callable[[Callable[[str], Any]], Sequence[Any]]) -> dict[str, list[str]]:
         """View -> the columns that its rows must have, as `define` has it now; nothing is registered. Raises DeclarationError."""
         ...

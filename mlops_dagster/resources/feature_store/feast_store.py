@@ -16,7 +16,7 @@ from pydantic import Field
 
 from mlops_dagster.core.errors import DataError, DeclarationError, MlopsError, NotFoundError, StorageError
 from mlops_dagster.resources import file_lock
-from mlops_dagster.resources.feature_store import FeatureSignature, feast_definitions, feast_online
+from mlops_dagster.resources.feature_store import FeatureSignature, feast_definitions, feast_online, feast_snapshot
 from mlops_dagster.serving.transformer import OnlineFeatures
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ class FeastStore(ConfigurableResource):
             raise self._never_applied(model)
         pairs = {name: tuple((item[0], item[1]) for item in found[name]) for name in ("features", "request")}
         return FeatureSignature(pairs["features"], tuple(found["entities"]), pairs["request"], tuple(found["views"]))
+
+    def definitions(self, model: str) -> bytes:
+        registry = self._repo(model) / REGISTRY
+        if not registry.exists():
+            raise self._never_applied(model)
+        with _feast_errors(model, DeclarationError):
+            return feast_snapshot.snapshot(registry, model)
 
     def columns(self, model: str, define: Callable[[Callable[[str], Any]], Sequence[Any]]) -> dict[str, list[str]]:
         with _feast_errors(model, DeclarationError):
