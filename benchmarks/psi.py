@@ -89,7 +89,7 @@ def growth() -> Iterator[Measurement]:
     yield Measurement("its growth, per value", "x least", steepest, None, None, None, "<= 1.5 x", steepest <= 1.5, COMMAND)
 
 
-def _both(table: object) -> dict[str, float]:
+def _both(table: object) -> dict[str, float | None]:
     reference = Profile.of(table)
     return psi(reference, Profile.of(table, like=reference))
 

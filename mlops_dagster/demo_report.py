@@ -116,7 +116,7 @@ def _psi_by_month(demo: "Demo") -> dict[str, dict[str, float]]:
         folder = days[-1]["reference"]
         reference = Profile.from_dict(json.loads(lake.read_bytes(f"{folder}/reference_profile.json")))
         merged = Profile.merge(Profile.from_dict(d["profile"]) for d in days if d["reference"] == folder)
-        found[month] = {name: round(value, 4) for name, value in psi(reference, merged).items()}
+        found[month] = {name: round(value, 4) for name, value in psi(reference, merged).items() if value is not None}
     return found
 
 

@@ -70,7 +70,7 @@ def build(spec: ModelSpec) -> dg.AssetsDefinition:
             data_version=dg.DataVersion(digest_of(f.sha256 for f in stored)),
             check_results=[
                 _null_share(spec, new),
-                online_check(spec, store, new[max(made)], end),
+                online_check(spec, store, new[max(made)], newest_stored(spec, lake, new[max(made)])),
                 online_freshness.check(spec, lake, store, new, dt.datetime.now(dt.UTC)),
                 learned_expectations.check(spec, lake, context.resources.registry, new),
             ],
@@ -209,6 +209,11 @@ def _null_share(spec: ModelSpec, new: dict[dt.date, dict[str, pa.Table]]) -> dg.
     over = {name: share for name, share in shares.items() if share > spec.features.max_null_share}
     because = ", ".join(f"{n} {s:.0%}" for n, s in over.items()) or f"at most {max(shares.values(), default=0):.0%} missing"
     return check_result("null_share", not over, because, {"limit": spec.features.max_null_share, "over": over})
+
+
+def newest_stored(spec: ModelSpec, lake: Lake, views: Collection[str]) -> dt.datetime:
+    """The end of the newest day that has features: as of then the online store answers, also after older days were made again."""
+    return spec.source.partitions.bounds(max(day for view in views for day in stored_days(lake, spec, STAGE, view)))[1]
 
 
 def online_check(spec: ModelSpec, store: Any, views: dict[str, pa.Table], moment: dt.datetime) -> dg.AssetCheckResult:

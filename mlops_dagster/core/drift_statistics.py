@@ -12,6 +12,7 @@ import numpy as np
 from mlops_dagster.core.drift_distributions import chi_square_tail, kolmogorov_tail
 from mlops_dagster.core.profile import Profile, require_same_cells
 from mlops_dagster.core.profile_columns import NumberColumn
+from mlops_dagster.core.profile_values import single
 
 EPSILON = 1e-4
 """The share that stands for an empty bin, so that its logarithm is finite."""
@@ -50,22 +51,26 @@ class ChiSquare:
     p_value: float
 
 
-def psi(reference: Profile, current: Profile, epsilon: float | None = EPSILON) -> dict[str, float]:
+def psi(reference: Profile, current: Profile, epsilon: float | None = EPSILON) -> dict[str, float | None]:
     """The population stability index of each column of `reference`: sum over the bins of (c - r) x ln(c / r), r and c the
     bin's shares of all rows.
 
     Exact for the profile's bins, the missing values being one of them. An empty bin has the share `epsilon` (the others
     are not scaled down for it); `epsilon=None` smooths as Evidently does: 0.0001, or a millionth of the least share of
     that side where that share is at most 0.0001. Symmetric; 0 for equal shares. Source: Siddiqi, "Credit Risk
-    Scorecards" (2006), as the J-divergence of Jeffreys (1946). NaN when a side has no rows.
+    Scorecards" (2006), as the J-divergence of Jeffreys (1946). None when a side has no rows, so that the answer is JSON.
 
     Raises DataError naming the column that `current` has not, or has with other cells.
     """
-    return {name: psi_of_counts(r, c, epsilon) for name, (r, c) in _bins(reference, current).items()}
+    return {name: _known(psi_of_counts(r, c, epsilon)) for name, (r, c) in _bins(reference, current).items()}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def psi_of_counts(reference: np.ndarray, current: np.ndarray, epsilon: float | None = EPSILON) -> float:
-    """PSI of two arrays of counts over the same bins, as in `psi`."""
+    """PSI of two arrays of counts over the same bins, as in `psi`; NaN when a side has none."""
     if not reference.sum() or not current.sum():
         return math.nan
     # Bins that are empty on both sides add nothing, and must not meet two different floors.
@@ -80,15 +85,16 @@ def _floored(shares: np.ndarray, epsilon: float | None) -> np.ndarray:
     return np.where(shares == 0, as_evidently if epsilon is None else epsilon, shares)
 
 
-def jensen_shannon(reference: Profile, current: Profile, base: float = math.e) -> dict[str, float]:
+def jensen_shannon(reference: Profile, current: Profile, base: float = math.e) -> dict[str, float | None]:
     """The Jensen-Shannon distance: the square root of (D(r | m) + D(c | m)) / 2 with m = (r + c) / 2 and D the
     Kullback-Leibler divergence to `base`.
 
     Exact for the profile's bins (missing values are one), no smoothing. 0 for equal shares, at most sqrt(log_base 2).
     Source: Lin, "Divergence measures based on the Shannon entropy" (1991); Endres & Schindelin (2003) for the root
-    being a metric. NaN when a side has no rows.
+    being a metric. None when a side has no rows.
     """
-    return {name: _jensen_shannon(r, c) / math.sqrt(math.log(base)) for name, (r, c) in _bins(reference, current).items()}
+    unit = math.sqrt(math.log(base))
+    return {name: _known(_jensen_shannon(r, c) / unit) for name, (r, c) in _bins(reference, current).items()}
 
 
 def _jensen_shannon(reference: np.ndarray, current: np.ndarray) -> float:
@@ -131,10 +137,10 @@ def kolmogorov_smirnov(reference: Profile, current: Profile) -> dict[str, Kolmog
 
     Exact at the cell edges, so a lower bound of that of the raw rows; between two edges the distance can exceed it by
     no more than the cell's share, which `upper` counts in (with ten cells per bin: about 0.01 by default). Exact for
-    columns with at most 2 x bins different values. Where the cells hold every k-th row, all this is of those rows,
-    whose distance from that of all rows exceeds 1.63 x sqrt(k / rows) in 1 % of cases (Kolmogorov). p-value:
-    Kolmogorov's limit for sqrt(n m / (n + m)) x D. Source: Smirnov (1939). Columns without values on a side are left
-    out.
+    columns with at most 2 x bins different values (values that are one float32 count as one). Where the cells hold
+    every k-th row, all this is of those rows, whose distance from that of all rows exceeds 1.63 x sqrt(k / rows) in 1 %
+    of cases (Kolmogorov). p-value: Kolmogorov's limit for sqrt(n m / (n + m)) x D. Source: Smirnov (1939). Columns
+    without values on a side are left out.
     """
     pairs = _numbers(reference, current)
     return {name: _kolmogorov_smirnov(r, c) for name, (r, c) in pairs.items() if sum(r.binned) and sum(c.binned)}
@@ -160,9 +166,8 @@ def _shares(column: NumberColumn) -> np.ndarray:
 
 
 def _single(edges: tuple[float, ...]) -> np.ndarray:
-    """Which cells hold one number only (the next edge is the next float)."""
-    inner = np.asarray(edges)
-    return np.concatenate(([False], inner[1:] == np.nextafter(inner[:-1], np.inf), [False])) if len(inner) else np.array([False])
+    """Which cells hold one value only."""
+    return np.concatenate(([False], single(np.asarray(edges)), [False])) if edges else np.array([False])
 
 
 def wasserstein(reference: Profile, current: Profile, normed: bool = False) -> dict[str, Bounded]:

@@ -51,12 +51,14 @@ class Profile:
         Cells: those of `like`, whose columns must all be there (others are left out), or else new ones. A numeric
         column then gets `bins` bins of equal share (fewer where values repeat: a value on several quantiles has a bin
         of its own, as has each value of a column with at most 2 x `bins` different ones), or the bins between the
-        `edges` given for it; each bin is divided into ten cells and the outermost into finer ones. Quantiles are those
+        `edges` given for it; each bin is divided into ten cells and the outermost into finer ones.
+        Values that are one float32 count as one, so that a copy in float32 or 3 x 0.1 for 0.3 is no drift; not so where the column has
+        finer steps than that, and integers beyond 2^24 count apart. Quantiles are those
         of all rows up to 1,048,576, beyond that of every k-th row; counts are of all rows always. A stream that can be
         read only once takes the quantiles of its first rows (as many as make 16 million values, at most 1,048,576).
         Text has a bin for each of the `top_categories`, one for the other known ones (1,000 at most), one for the
         unlisted. Missing values (null, NaN) are a bin of their own. Columns named in `categorical` are counted by the
-        text of their values.
+        text of their values, moments by that of the instant in UTC, whatever their unit and zone.
 
         With `cells_every` = k > 1 only every k-th row is counted in the cells inside the bins, which is two to three
         times as fast: PSI, Jensen-Shannon, chi-square, missing values and moments stay exact; Kolmogorov-Smirnov and

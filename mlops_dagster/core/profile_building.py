@@ -13,7 +13,8 @@ from mlops_dagster.core.errors import DataError
 from mlops_dagster.core.profile_arrow import Source, blocks, column_of, first_rows, kind_of, names_of, source_of, thinned
 from mlops_dagster.core.profile_columns import NUMBER_KINDS, CategoryColumn, Column, NumberColumn
 from mlops_dagster.core.profile_counting import Tally, count_all, in_threads, workers
-from mlops_dagster.core.profile_numbers import GREATEST, sample_of
+from mlops_dagster.core.profile_numbers import sample_of
+from mlops_dagster.core.profile_values import GREATEST, enclosing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -123,7 +124,7 @@ def _check_named(plan: Plan, names: Sequence[str]) -> None:
 def number_layout(kind: str, ordered: np.ndarray, bins: int, given: Sequence[float] | None) -> NumberColumn:
     """Empty cells for a column with these values (float64, ascending, finite)."""
     values = _distinct(ordered, 2 * bins)
-    fine = _around(values) if values is not None else _fine(ordered, bins * CELLS_PER_BIN)
+    fine = _around(ordered, values) if values is not None else _fine(ordered, bins * CELLS_PER_BIN)
     own = fine if values is not None else _quantiles(ordered, np.arange(1, bins) / bins)
     cuts = own if given is None else np.asarray(given, np.float64)
     edges = np.union1d(cuts, fine)
@@ -139,14 +140,14 @@ def _distinct(ordered: np.ndarray, most: int) -> np.ndarray | None:
     return ordered[np.concatenate(([True], new))] if len(ordered) else ordered
 
 
-def _around(values: np.ndarray) -> np.ndarray:
-    """Edges that give each of the values a bin of its own."""
-    return np.union1d(values, _after(values))
+def _around(ordered: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Edges that give each of the values a bin of its own; of no values, those between the two infinities and all numbers."""
+    return _edges(*enclosing(ordered, values)) if len(values) else np.array([-GREATEST, GREATEST])
 
 
-def _after(values: np.ndarray) -> np.ndarray:
-    """The next float after each value; none after the greatest float, which only infinity follows."""
-    return np.nextafter(values[values < GREATEST], np.inf)
+def _edges(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Both together; none is infinite (after the greatest float comes only infinity)."""
+    return np.union1d(begins, ends[ends <= GREATEST])
 
 
 def _quantiles(ordered: np.ndarray, levels: np.ndarray) -> np.ndarray:
@@ -155,7 +156,8 @@ def _quantiles(ordered: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """
     found = ordered[np.minimum((levels * len(ordered)).astype(np.int64), len(ordered) - 1)]
     edges, times = np.unique(found, return_counts=True)
-    return np.union1d(edges, _after(edges[times > 1]))
+    begins, ends = enclosing(ordered, edges)
+    return _edges(begins, ends[times > 1])
 
 
 def _fine(ordered: np.ndarray, cells: int) -> np.ndarray:
@@ -166,7 +168,8 @@ def _fine(ordered: np.ndarray, cells: int) -> np.ndarray:
     halvings = max(0, int(math.log2(max(1, len(ordered) / cells))))
     tail = 0.5 ** np.arange(1, halvings + 1) / cells
     inner = _quantiles(ordered, np.concatenate((np.arange(1, cells) / cells, tail, 1 - tail)))
-    return np.union1d(inner, np.concatenate((ordered[:1], _after(ordered[-1:]))))
+    begins, ends = enclosing(ordered, ordered[[0, -1]])
+    return np.union1d(inner, _edges(begins[:1], ends[1:]))
 
 
 def profile_slices(

@@ -29,7 +29,10 @@ class Moments:
             return self if self.count else other
         count = self.count + other.count
         step = other.mean - self.mean
-        mean = self.mean + step * (other.count / count)
+        if math.isfinite(step):
+            mean = self.mean + step * (other.count / count)
+        else:
+            mean = self.mean * (self.count / count) + other.mean * (other.count / count)
         m2 = self.m2 + other.m2 + step * step * (self.count * other.count / count)
         return Moments(count, mean, m2, _least(self.least, other.least), _greatest(self.greatest, other.greatest))
 

@@ -1,6 +1,8 @@
 """Counting the columns of Arrow batches into fixed cells, in threads and bounded memory."""
 
+import datetime as dt
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlops_dagster.core.errors import DataError
-from mlops_dagster.core.profile_arrow import column_of
+from mlops_dagster.core.profile_arrow import column_of, kind_of
 from mlops_dagster.core.profile_columns import CategoryColumn, Column, NumberColumn
 from mlops_dagster.core.profile_numbers import NumberCounts
 
@@ -54,7 +56,13 @@ class CategoryCounts:
         for array in arrays:
             names, counts, nulls = _tallied(array)
             missing += nulls
-            at = _compute().index_in(names, value_set=_text(known)).fill_null(-1).to_numpy(zero_copy_only=False)
+            moments = kind_of("", _value_type(array)) == "time"
+            at = (
+                _compute()
+                .index_in(names, value_set=_text(map(_instant, known) if moments else known))
+                .fill_null(-1)
+                .to_numpy(zero_copy_only=False)
+            )
             np.add.at(totals, at[at >= 0], counts[at >= 0])
             if not growing:
                 unlisted += int(counts[at < 0].sum())
@@ -107,7 +115,6 @@ def _mask(where: np.ndarray) -> "pa.Array":
 
 def _tallied(array: "pa.Array") -> tuple["pa.Array", np.ndarray, int]:
     """The categories of an array as text (each at least once), how often each occurs, and how many nulls there are."""
-    import pyarrow as pa
     import pyarrow.types as t
 
     array = _plain_text(array)
@@ -121,7 +128,40 @@ def _tallied(array: "pa.Array") -> tuple["pa.Array", np.ndarray, int]:
     if t.is_floating(names.type):
         names = _compute().if_else(_compute().is_nan(names), None, names)
     present = names.is_valid().to_numpy(zero_copy_only=False)
-    return names.drop_null().cast(pa.large_string()), counts[present], int(counts[~present].sum())
+    return _as_text(names.drop_null()), counts[present], int(counts[~present].sum())
+
+
+def _value_type(array: "pa.Array") -> "pa.DataType":
+    import pyarrow.types as t
+
+    return array.type.value_type if t.is_dictionary(array.type) else array.type
+
+
+def _as_text(names: "pa.Array") -> "pa.Array":
+    """Numbers and texts as they are written; moments as `_instant` writes them."""
+    import pyarrow as pa
+
+    if kind_of("", names.type) != "time":
+        return names.cast(pa.large_string())
+    at = names.cast(pa.timestamp("s" if pa.types.is_date32(names.type) else getattr(names.type, "unit", "ms")))
+    text = at.cast(pa.large_string())
+    return text if at.type.unit == "s" else _compute().replace_substring_regex(text, pattern=r"\.?0+$", replacement="")
+
+
+MOMENT = re.compile(r"(\d{4}-\d\d-\d\d)(?: (\d\d:\d\d:\d\d)(?:\.(\d*))?(Z|[+-]\d\d:?\d\d)?)?")
+
+
+def _instant(text: str) -> str:
+    """A moment, written with any unit and zone, in UTC and with no more digits than it needs: earlier profiles have other forms."""
+    found = MOMENT.fullmatch(text)
+    if not found:
+        return text
+    day, time, fraction, zone = found.groups()
+    moment = dt.datetime.fromisoformat(f"{day} {time or '00:00:00'}{'' if zone in (None, 'Z') else zone}")
+    if moment.tzinfo is not None:
+        moment = moment.astimezone(dt.UTC).replace(tzinfo=None)
+    digits = (fraction or "").rstrip("0")
+    return f"{moment}.{digits}" if digits else str(moment)
 
 
 def _plain_text(array: "pa.Array") -> "pa.Array":

@@ -13,6 +13,7 @@ import numpy as np
 
 from mlops_dagster.core.profile_arrow import Numbers, numbers
 from mlops_dagster.core.profile_columns import Moments, NumberColumn
+from mlops_dagster.core.profile_values import GREATEST
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,8 +29,6 @@ DOT_LENGTH = 8_192
 
 LEAST_SHARE = 1e-4
 """Of the sum of squares: when M2 is a smaller part, subtraction has eaten more than four of its sixteen digits."""
-
-GREATEST = float(np.finfo(np.float64).max)
 
 
 @dataclass
@@ -89,7 +88,7 @@ class NumberCounts:
         bounds = np.concatenate(([0], np.searchsorted(finite, self.edges), [len(finite)]))
         counts = np.diff(bounds)
         filled = counts > 0
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             sums = np.add.reduceat(finite, bounds[:-1][filled])
             self.sums[filled] += sums * self.every
             self.counts += counts * self.every
@@ -118,7 +117,7 @@ class NumberCounts:
             total = float(piece.sum())
         if not np.isfinite(total):
             piece = self._finite(piece)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 total = float(piece.sum())
         if not len(piece):
             return
@@ -167,7 +166,7 @@ def _moments(finite: np.ndarray, total: float, least: float, greatest: float, sp
     """M2 from the sum of squares where that leaves ten digits or more, else in two passes, so that a large mean costs none."""
     size = len(finite)
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = total / size
+        mean = total / size if np.isfinite(total) else float((finite / size).sum())
         squares = _sum_of_squares(finite)
         m2 = squares - total * mean
         if not m2 > squares * LEAST_SHARE:

@@ -57,7 +57,14 @@ def in_lake(lake: Lake, versions: DataVersions, model: str, revision: str | dt.d
     whole; killed and run again, it completes, its record included. Features that a day in quarantine went into do not come back, and what
     is there in their place stays. Keys that are not tracked (reports, logs, manifests) stay, and so do
     training sets and the records of what they were made of: manifests and versions point at them, and their names are their hashes.
+
+    One at a time, and no decision on quarantine and no storing of features meanwhile. Raises TransientError when another does not end.
     """
+    with quarantine.undecided(versions, model):
+        return _replaced(lake, versions, model, revision)
+
+
+def _replaced(lake: Lake, versions: DataVersions, model: str, revision: str | dt.datetime) -> Checkout:
     decided = f"{model}/quarantine/"  # not data: what is out stays out
     wanted, tracked = (
         {key: md5 for key, md5 in found.items() if not key.startswith(decided)}

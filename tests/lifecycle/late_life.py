@@ -113,7 +113,7 @@ def main() -> None:
         life.run("features that look back on it", "ingest", days=days, only=[dg.AssetKey([MODEL, "features"])])
     life.run("trained again", "train")
     second = life.training_rows()
-    features = ["depot_late_share", "depot_parcels", "weight"]
+    features = ["depot_late_share", "depot_parcels", "depot_weight", "weight"]
     shared = first.index.intersection(second.index)
     life.tell(
         "rows", first=len(first), second=len(second), same=bool(first.loc[shared, features].equals(second.loc[shared, features]))

@@ -7,6 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import dagster as dg
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -145,7 +146,10 @@ def test_a_source_in_another_zone_and_unsorted_gives_the_same_training_set(base,
     one, two = (s.lake.read(read_manifest(s.lake, s.spec, "training_set")["key"]) for s in (base, other))
     at = two.column_names.index("event_timestamp")
     two = two.set_column(at, "event_timestamp", two["event_timestamp"].cast(pa.timestamp("us", "UTC")))
-    assert two.sort_by("id").equals(one.sort_by("id"))
+    one, two = (table.sort_by("id").to_pandas() for table in (one, two))
+    # The mean of a depot's weights in another order may differ in its last bit.
+    pd.testing.assert_series_equal(one.pop("depot_weight"), two.pop("depot_weight"), rtol=1e-13)
+    assert two.equals(one)
 
 
 def test_two_runs_of_one_day_at_once_leave_files_that_are_whole_and_recorded(site):
@@ -167,3 +171,12 @@ def test_two_runs_of_one_day_at_once_leave_files_that_are_whole_and_recorded(sit
     assert all("changed while it was made" in text for text in failed), failed
     assert origins.differing(site.lake, site.versions.contents("late_parcel/")) == []
     site.train()
+
+
+def test_older_days_made_again_are_compared_with_what_the_online_store_holds_now(site):
+    """The newest day's values stay online, so that the offline ones are those as of its end."""
+    only = [dg.AssetKey(["late_parcel", "features"])]
+    result = site.runner.run("late_parcel_ingest", days=(str(FIRST), str(DAY)), only=only)
+    checks = {c.check_name: c for c in result.get_asset_check_evaluations()}
+    assert checks["online_equals_offline"].passed, checks["online_equals_offline"].description
+    assert "6 entities" in str(checks["online_equals_offline"].description)

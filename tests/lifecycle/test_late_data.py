@@ -34,7 +34,7 @@ def test_before_a_training_set_and_a_version_the_checks_pass_and_say_so(seen):
 
 def test_usual_days_are_as_the_version_was_trained_and_not_late(seen):
     checks = seen["more days"]["checks"]
-    assert checks["features.learned_expectations"][:2] == [True, "2 features are as version 1 was trained on"]
+    assert checks["features.learned_expectations"][:2] == [True, "3 features are as version 1 was trained on"]
     assert checks["training_set.late_data"][0]
     assert seen["train on all"]["checks"]["training_set.late_data"][0]
 

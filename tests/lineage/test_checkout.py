@@ -1,12 +1,15 @@
 import datetime as dt
 import json
+import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from mlops_dagster.core.errors import DataError, NotFoundError, StorageError
-from mlops_dagster.lineage import checkout, origins
+from mlops_dagster.core.errors import DataError, NotFoundError, StorageError, TransientError
+from mlops_dagster.lineage import checkout, origins, quarantine
 from mlops_dagster.resources.data_lake.folder import FolderLake
 from mlops_dagster.resources.data_lake.s3 import S3Lake
 from mlops_dagster.resources.data_versions.dvc import DvcVersions
@@ -173,6 +176,35 @@ def test_nothing_changes_where_the_bytes_of_the_revision_are_lost(lake, versions
 
     monkeypatch.setattr(DvcVersions, "restore", lost)
     with pytest.raises(StorageError):
+        checkout.in_lake(lake, versions, "m", first)
+    assert held(lake) == before
+
+
+def test_two_at_once_leave_one_of_their_revisions_and_not_a_mixture(lake, versions, first, monkeypatch):
+    second, meet, write = versions.history("m/")[0].commit, threading.Barrier(2), type(lake).write_bytes
+    for key in (ONE, LATER):
+        lake.write_bytes(key, b"third")
+    versions.record([ONE, LATER], "third")
+
+    def met(self, key, content):
+        with suppress(threading.BrokenBarrierError):
+            meet.wait(1)  # each at its first file while the other is, if they are let
+        return write(self, key, content)
+
+    monkeypatch.setattr(type(lake), "write_bytes", met)
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(checkout.in_lake, lake, versions, "m", commit) for commit in (first, second)]
+        assert all(one.result() for one in done)
+    assert meet.broken
+    states = [versions.contents("m/", commit) for commit in (first, second)]
+    assert versions.contents("m/") in states
+    assert held(lake) in [{ONE: b"one", TWO: b"two", MANIFEST: b"{}"}, {ONE: b"one, corrected", LATER: b"later", MANIFEST: b"{}"}]
+
+
+def test_one_waits_for_a_decision_on_quarantine_and_says_so_when_it_does_not_end(lake, versions, first, monkeypatch):
+    before = held(lake)
+    monkeypatch.setattr(quarantine, "WAIT_SECONDS", 0.1)
+    with quarantine.undecided(versions, "m"), pytest.raises(TransientError, match="held by another process"):
         checkout.in_lake(lake, versions, "m", first)
     assert held(lake) == before
 

@@ -59,7 +59,7 @@ def test_a_prediction_is_traced_to_its_bytes_without_a_heavy_import(project, env
     (found,) = json.loads(done.stdout)
     assert found["request"]["row_id"] == "p1805"
     assert found["logged_in"] == "late_parcel/inference_log/2024-01-31.parquet"
-    assert found["features"].keys() == {"depot_late_share", "depot_parcels", "weight"}
+    assert found["features"].keys() == {"depot_late_share", "depot_parcels", "depot_weight", "weight"}
     assert (found["approval"]["by"], found["approval"]["intact"]) == ("tester", True)
     assert found["deployment"]["kind"] == "promotion"
     assert found["evaluation"]["metrics"]["accuracy"] > 0.6

@@ -104,14 +104,14 @@ class DvcVersions(ConfigurableResource):
             if file is not None and dvc_files.md5_of(file) == md5:
                 return place
         place.unlink(missing_ok=True)
-        dvc_remote.fetch(self._root(), self._remote(), md5, place)
+        dvc_remote.fetch(self._root(), self._remote(), self.remote_options, md5, place)
         return place
 
     def push(self) -> int:
         if not self._exists():
             return 0
         marker = self._dvc_dir() / "tmp" / "pushed"
-        done = dvc_remote.pushed_commit(marker, self._remote())
+        done = dvc_remote.pushed_commit(marker, self._remote(), self.remote_options)
         newest, wanted = None, set[str]()
         for here, parent in git_trees.commits(git_trees.opened(self._root())):
             newest = newest or str(here.id)
@@ -120,8 +120,8 @@ class DvcVersions(ConfigurableResource):
             wanted.update(md5 for _, md5 in _changes(parent.tree if parent else None, here.tree, "", _Asked()) if md5)
         if newest in (None, done):
             return 0
-        sent = dvc_remote.send(self._root(), self._remote(), self._cache(), wanted)
-        dvc_files.write_text(marker, f"{self._remote()}\n{newest}\n")
+        sent = dvc_remote.send(self._root(), self._remote(), self.remote_options, self._cache(), wanted)
+        dvc_remote.note_pushed(marker, self._remote(), self.remote_options, str(newest))
         return sent
 
     def _described(self, key: str, committed: Any) -> str | None:

@@ -23,6 +23,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.[A-Za-z]\w*")
 OUTPUT_MD5 = re.compile(r"^(- md5: |  md5: )'?([0-9a-f]{32})'?$", re.MULTILINE)
 OUTPUT_SIZE = re.compile(r"^(  size: )\d+$", re.MULTILINE)
 
+REMOTE = "lake"
 REMOTE_SECTION = re.compile(r"""^\['remote "lake"'\]\n(?:[ \t]+.*\n?)*""", re.MULTILINE)
 
 DVC_GITIGNORE = "/config.local\n/tmp\n/cache\n"

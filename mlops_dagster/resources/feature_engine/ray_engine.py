@@ -20,8 +20,7 @@ class RayEngine(ConfigurableResource):
     """FeatureEngine on Ray; tables go through its object store once. Raises ServingError when the cluster does not answer."""
 
     address: str | None = Field(default=None, description="Address of a Ray cluster, or none for one in this process.")
-    processors: int = Field(default=2, ge=1, description="Processors of the cluster in this process.")
-    threads: int = Field(default=1, ge=1, description="Threads, and so processors, of one statement.")
+    processors: int = Field(default=2, ge=1, description="Processors of the cluster in this process; a statement takes one.")
     memory_limit: str = Field(default="2GB", description="Memory that a statement may use before it works on disk, such as 4GB.")
 
     def run(self, sql: str, tables: Mapping[str, Any], parameters: Mapping[str, Any] | None = None) -> "pa.Table":
@@ -36,12 +35,13 @@ class RayEngine(ConfigurableResource):
         """All statements of all cases are handed to Ray at once, so that every processor has work until the last is done."""
         checked = [(checked_tables(tables), checked_parameters(parameters)) for tables, parameters in cases]
         ray = self._ray()
-        task = ray.remote(num_cpus=self.threads)(_answer)
+        task = ray.remote(num_cpus=1)(_answer)
         started = []
         for tables, values in checked:
             stored = [table if isinstance(table, list) else ray.put(table) for table in tables.values()]
-            call = (self.threads, self.memory_limit)
-            started.append({name: task.remote(*call, sql, [*tables], values, *stored) for name, sql in statements.items()})
+            started.append(
+                {name: task.remote(self.memory_limit, sql, [*tables], values, *stored) for name, sql in statements.items()}
+            )
         with self._answering(ray):
             return [dict(zip(tasks, ray.get([*tasks.values()]), strict=True)) for tasks in started]
 
@@ -70,5 +70,5 @@ class RayEngine(ConfigurableResource):
         return ray
 
 
-def _answer(threads: int, memory_limit: str, sql: str, names: list[str], values: dict[str, Any], *tables: Any) -> "pa.Table":
-    return DuckDBEngine(threads=threads, memory_limit=memory_limit).run(sql, dict(zip(names, tables, strict=True)), values)
+def _answer(memory_limit: str, sql: str, names: list[str], values: dict[str, Any], *tables: Any) -> "pa.Table":
+    return DuckDBEngine(threads=1, memory_limit=memory_limit).run(sql, dict(zip(names, tables, strict=True)), values)

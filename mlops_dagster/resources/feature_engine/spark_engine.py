@@ -24,7 +24,11 @@ CASES_AT_ONCE = 16  # Spark's planner takes longer than a job does from about a 
 
 
 class SparkEngine(ConfigurableResource):
-    """FeatureEngine on Spark. Raises ServingError when there is no Java or the cluster does not answer."""
+    """FeatureEngine on Spark. Raises ServingError when there is no Java or the cluster does not answer.
+
+    In this process sums of floats are the same bits each time. On a cluster they are added in the order in which the executors' parts
+    arrive and may differ in the last bit; round them in the SQL where features must be made again bit for bit.
+    """
 
     master: str = Field(
         default="local[2]", description="local[N] in this process, or the address of Spark Connect: sc://host:15002."

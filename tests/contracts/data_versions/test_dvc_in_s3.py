@@ -1,3 +1,4 @@
+import os
 import shutil
 import subprocess
 import sys
@@ -79,3 +80,38 @@ def test_a_remote_that_is_away_is_a_clear_error_and_the_lake_stays_whole(server:
     lake.write(DAYS[1], table(2))
     again.record([DAYS[1]], "more")
     assert again.push() == 2
+
+
+def test_the_remote_that_is_set_is_asked_also_before_anything_is_recorded_with_it(
+    server: Server, bucket: str, tmp_path: Path
+) -> None:
+    """`.dvc/config` still names the remote of the last record, here one that is away."""
+    lake, away = FolderLake(root=str(tmp_path / "lake")), {"endpointurl": "http://127.0.0.1:1", "profile": "none"}
+    before = DvcVersions(root=lake.root, remote="s3://nowhere/dvc", remote_options=away)
+    lake.write(DAYS[0], table(1))
+    before.record([DAYS[0]], "in")
+    config = Path(lake.root, ".dvc", "config")
+    written, content = config.read_text(), lake.read_bytes(DAYS[0])
+    now = DvcVersions(root=lake.root, remote=f"s3://{bucket}/dvc", remote_options={"endpointurl": server.endpoint})
+    assert (now.push(), now.push()) == (1, 0)
+    shutil.rmtree(Path(lake.root, ".dvc", "cache"))
+    assert now.restore(DAYS[0]).read_bytes() == content
+    assert config.read_text() == written
+    # The same bucket's name at another endpoint is another remote.
+    with pytest.raises(TransientError, match="cannot be reached"):
+        DvcVersions(root=lake.root, remote=f"s3://{bucket}/dvc", remote_options=away).push()
+
+
+def test_settings_that_a_person_keeps_beside_the_config_hold(
+    server: Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lake = FolderLake(root=str(tmp_path / "lake"))
+    versions = DvcVersions(root=lake.root, remote=f"s3://{bucket}/dvc", remote_options={"endpointurl": server.endpoint})
+    lake.write(DAYS[0], table(1))
+    versions.record([DAYS[0]], "in")
+    secrets = {name: os.environ[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    for name in secrets:
+        monkeypatch.delenv(name)
+    kept = "".join(f"    {name.removeprefix('AWS_').lower()} = {secret}\n" for name, secret in secrets.items())
+    Path(lake.root, ".dvc", "config.local").write_text(f"['remote \"lake\"']\n    url = s3://nowhere\n{kept}")
+    assert versions.push() == 1

@@ -138,6 +138,20 @@ class EngineContract:
                 for name, alone in engine.run_all(STATEMENTS, sources, values).items():
                     assert_same(answer[name], alone)
 
+    def test_the_same_rows_give_the_same_bits_however_often_they_are_asked(self, engine: FeatureEngine, tmp_path: Path) -> None:
+        """Sums of floats depend on their order: the answer must not depend on which thread was done first."""
+        random, files = np.random.default_rng(5), []
+        for number in range(8):
+            files.append(str(tmp_path / f"{number}.parquet"))
+            rows = {"key": random.integers(0, 500, 20_000), "amount": random.lognormal(3, 1, 20_000)}
+            pq.write_table(pa.table(rows), files[-1])
+        sql = "SELECT key, avg(amount) AS mean, sum(amount) AS total, stddev(amount) AS spread FROM t GROUP BY key"
+        first, *others = [engine.run(sql, {"t": files}) for _ in range(5)]
+        every = engine.run_each({"a": sql, "b": sql}, [({"t": files}, {})] * 4)
+        assert first.num_rows == 500
+        for answer in (*others, *(one for answers in every for one in answers.values())):
+            assert answer.equals(first)
+
     def test_no_case_and_one_case(self, engine: FeatureEngine, reference: dict[str, pa.Table]) -> None:
         assert engine.run_each(STATEMENTS, []) == []
         (answer,) = engine.run_each({"daily": DAILY}, [(tables(), PARAMETERS)])

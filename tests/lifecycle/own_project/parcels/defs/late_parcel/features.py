@@ -11,7 +11,7 @@ def feature_views(source):
     record = FeatureView(
         name="depot_record",
         entities=[depot],
-        schema=[Field(name="depot_late_share", dtype=Float64), Field(name="depot_parcels", dtype=Float64)],
+        schema=[Field(name=name, dtype=Float64) for name in ("depot_late_share", "depot_parcels", "depot_weight")],
         source=source("depot_record"),
     )
     request = RequestSource(name="parcel", schema=[Field(name="weight_kg", dtype=Float64)])
@@ -26,7 +26,8 @@ def feature_views(source):
 def compute():
     return {
         "depot_record": """
-            SELECT depot, $day_end AS event_timestamp, avg(late) AS depot_late_share, CAST(count(*) AS DOUBLE) AS depot_parcels
+            SELECT depot, $day_end AS event_timestamp, avg(late) AS depot_late_share, CAST(count(*) AS DOUBLE) AS depot_parcels,
+                   avg(weight_kg / 3) AS depot_weight
             FROM rows WHERE delivered_at <= $day_end GROUP BY depot
         """
     }
