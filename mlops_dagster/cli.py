@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlops_dagster import cli_data, cli_keys, cli_lineage
+from mlops_dagster import cli_answers, cli_data, cli_keys, cli_lineage, cli_values
 from mlops_dagster.core.errors import MlopsError
 
 app = typer.Typer(
@@ -28,9 +28,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @app.command()
 def demo(
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the summary to this file.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the summary to this file.", parser=cli_values.new_file, metavar="FILE"),
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Forget an earlier demo and begin anew.")] = False,
-    through: Annotated[str, typer.Option("--through", help="Last day of the replay at the latest (YYYY-MM-DD).")] = "2013-06-30",
+    through: Annotated[
+        str, typer.Option("--through", help="Last day of the replay at the latest.", parser=cli_values.day, metavar="YYYY-MM-DD")
+    ] = "2013-06-30",
 ) -> None:
     """Carry `flight_delay` through its whole life on real data: ingest, train, approve, deploy, replay, retrain, replace."""
     from mlops_dagster import demo as demonstration
@@ -40,9 +45,9 @@ def demo(
 
 @app.command()
 def up(
-    dagster_port: Annotated[int, typer.Option(help="Port of the Dagster UI.")] = 3001,
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
-    evidently_port: Annotated[int, typer.Option(help="Port of the Evidently UI.")] = 8001,
+    dagster_port: Annotated[int, typer.Option(help="Port of the Dagster UI.", min=1, max=65535)] = 3001,
+    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.", min=1, max=65535)] = 5000,
+    evidently_port: Annotated[int, typer.Option(help="Port of the Evidently UI.", min=1, max=65535)] = 8001,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI and daemon, the MLflow and Evidently UIs and the model servers, until Ctrl-C."""
@@ -80,12 +85,8 @@ def predict(
     """Ask the deployed version, through the gateway, as a client would."""
     from mlops_dagster.requests import client_of
 
-    text = Path(instances[1:]).read_text() if instances.startswith("@") else instances
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f'not JSON ({error}); give one row such as {{"origin": "JFK", …}} or a list of rows') from None
-    print(json.dumps(client_of(resources()["serving"], model).predict(model, rows if isinstance(rows, list) else [rows])))
+    rows = cli_values.rows(instances, "instances")
+    print(json.dumps(client_of(resources()["serving"], model).predict(model, rows)))
 
 
 rollouts = typer.Typer(no_args_is_help=True, help="Steer the rollout of a version.")
@@ -98,20 +99,24 @@ app.registered_commands += cli_lineage.app.registered_commands
 
 
 @rollouts.command()
-def start(model: Model) -> None:
-    """Begin the rollout of the newest approved version (the sensor does the same)."""
+def start(
+    model: Model,
+    number: Annotated[int, typer.Option("--version", help="Bring in this approved version, also once more.")] = 0,
+) -> None:
+    """Begin the rollout of the newest approved version (the sensor does the same), or of the one that is named."""
     import datetime as dt
 
     from mlops_dagster.assets import rollout
     from mlops_dagster.core.errors import RolloutError
 
     now, parts, spec = dt.datetime.now(dt.UTC), opened_parts(), declared_spec(model)
-    version = rollout.waiting(parts, spec, now)
+    version = rollout.chosen(parts, spec, number, now) if number else rollout.waiting(parts, spec, now)
     if version is None:
         raise RolloutError(
-            f"{model} has no approved version that is newer than its champion and was not rolled out yet; see `mlops status`"
+            f"{model} has no approved version that is newer than its champion and was not rolled out yet; see `mlops status`, or "
+            "name the version to bring in once more: --version"
         )
-    print(told(rollout.start(parts, spec, version, now)))
+    print(told(rollout.start(parts, spec, version, now, again=bool(number))))
 
 
 @rollouts.command()
@@ -158,20 +163,24 @@ def rollback(
 @app.command()
 def live(
     model: Model,
-    at: Annotated[str, typer.Option("--at", help="Moment (ISO 8601, UTC where no zone is given); default: now.")] = "",
+    at: Annotated[
+        Any,
+        typer.Option(
+            "--at",
+            help="Moment (ISO 8601, UTC where no zone is given); default: now.",
+            parser=cli_values.moment,
+            metavar="MOMENT",
+        ),
+    ] = None,
 ) -> None:
-    """Which version answered at a moment, since when, and why."""
+    """Which versions answered at a moment, with their shares, since when and why, and what made the champion the champion."""
     import datetime as dt
 
     from mlops_dagster.core.ledger import live_at
 
-    moment = dt.datetime.fromisoformat(at) if at else dt.datetime.now(dt.UTC)
-    moment = moment if moment.tzinfo else moment.replace(tzinfo=dt.UTC)
-    found = live_at(resources()["ledger"].entries(model), model, moment)
-    if found is None:
-        print(f"nothing of {model} was live at {moment.isoformat()}")
-        return
-    print(f"version {found.version} since {found.since.isoformat()} (ledger entry {found.entry.sequence}): {found.entry.reason}")
+    moment = at or dt.datetime.now(dt.UTC)
+    found = live_at(entries_of(model), model, moment)
+    print(cli_answers.live(found) if found else f"nothing of {model} was live at {moment.isoformat()}")
 
 
 @ledger_commands.command()
@@ -180,7 +189,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Print the entries in order."""
-    entries = resources()["ledger"].entries(model or None)
+    entries = entries_of(model) if model else resources()["ledger"].entries()
     for e in entries:
         row = {
             "sequence": e.sequence,
@@ -246,6 +255,18 @@ def declared_spec(model: str) -> Any:
     return spec_of(model, root_module(Path.cwd()))
 
 
+def entries_of(model: str) -> Any:
+    """A model's ledger entries in order. Raises NotFoundError, with the models that have some, where it has none."""
+    from mlops_dagster.core.errors import NotFoundError
+
+    ledger = resources()["ledger"]
+    found = ledger.entries(model)
+    if not found:
+        known = ", ".join(sorted({entry.model for entry in ledger.entries()})) or "none"
+        raise NotFoundError(f"the ledger has no entry of a model {model!r}; it has entries of: {known}")
+    return found
+
+
 def decided(decision: Any, model: str, number: int, by: str, reason: str) -> None:
     """Record a decision and say what follows from it."""
     import datetime as dt
@@ -253,27 +274,48 @@ def decided(decision: Any, model: str, number: int, by: str, reason: str) -> Non
     from mlops_dagster.assets import approvals
     from mlops_dagster.resources.registry import Approval
 
-    at, opened = dt.datetime.now(dt.UTC), resources()
-    version = approvals.decide(opened["registry"], opened["ledger"], model, number, Approval(decision, by, at, reason))
-    then = f"; the sensor {model}_rollouts brings it in" if decision == "approved" else ""
-    print(f"{model} version {version.number} {decision} by {by}{then}")
+    asked, opened = Approval(decision, by, dt.datetime.now(dt.UTC), reason), resources()
+    version = approvals.decide(opened["registry"], opened["ledger"], model, number, asked)
+    print(cli_answers.decision(opened, version, asked))
 
 
 def home() -> Path:
-    """The state folder, as every child process must see it."""
-    from mlops_dagster.profiles import Settings
+    """The state folder, made where it is new, as every child process must see it. Raises StorageError where it cannot be used."""
+    from mlops_dagster.core.errors import StorageError
 
-    root = Settings().root
+    root = settings().root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"the state folder {root} cannot be made or used ({error.strerror}); set MLOPS_HOME to a folder that can be written"
+        ) from None
     os.environ["MLOPS_HOME"] = str(root)
     return root
 
 
+def settings() -> Any:
+    """The platform's settings. Raises DeclarationError naming the variable that is wrong."""
+    from pydantic import ValidationError
+
+    from mlops_dagster.core.addresses import masked
+    from mlops_dagster.core.errors import DeclarationError
+    from mlops_dagster.profiles import Settings
+
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(("MLOPS", *map(str, first["loc"]))).upper()
+        raise DeclarationError(f"{name} is {masked(os.environ.get(name, ''))!r}: {first['msg']}; set it so or unset it") from None
+
+
 def resources() -> dict[str, Any]:
     """The profile's resources outside Dagster."""
-    from mlops_dagster.profiles import Settings, embedded
+    from mlops_dagster.profiles import embedded
 
     home()
-    return embedded(Settings())
+    return embedded(settings())
 
 
 def main() -> None:

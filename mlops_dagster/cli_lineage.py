@@ -99,10 +99,10 @@ def reproduce(
 
 def places() -> Any:
     """Where a trace looks; of the embedded profile without loading what writes it."""
+    from mlops_dagster import cli
     from mlops_dagster.lineage.places import Places
-    from mlops_dagster.profiles import Settings
 
-    settings = Settings()
+    settings = cli.settings()
     if settings.profile == "embedded" and settings.lake_url is None:
         return Places.embedded(settings.root, settings.ledger_url, lambda: _resources()["data_lake"])
     return Places.of(_resources())

@@ -69,6 +69,8 @@ def require_free(name: str, host: str, port: int) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+        except socket.gaierror as error:
+            raise ServingError(f"--host {host!r} is no address of this machine ({error.strerror}); use 127.0.0.1") from None
         except OSError as error:
             raise ServingError(
                 f"port {port} for {name} is not free ({error.strerror}); choose another with --{name}-port"

@@ -175,7 +175,10 @@ class _folder:
 
     def __enter__(self) -> Path:
         if self.keep is not None:
-            self.keep.mkdir(parents=True, exist_ok=True)
+            try:
+                self.keep.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--keep {self.keep}: it cannot be made ({error.strerror}); give a new folder") from None
         self.root = self.keep.absolute() if self.keep else Path(tempfile.mkdtemp(prefix="mlops-reproduce-"))
         return self.root
 

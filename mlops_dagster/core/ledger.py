@@ -130,16 +130,33 @@ class Break:
 
 @dataclass(frozen=True)
 class Live:
-    """What answered at a moment: the routes, since when, and the entry that brought them in (its reason and evidence say why)."""
+    """What answered at a moment: the routes, the entry since which requests are divided so, and the champion with the entry that made
+    it the champion (a promotion or a way back; both None before the first). The entries' reasons and evidence say why.
+    """
 
     routes: Routes
-    since: datetime
     entry: Entry
+    champion: str | None = None
+    crowned: Entry | None = None
+
+    @property
+    def since(self) -> datetime:
+        """Since when requests are divided so."""
+        return self.entry.time
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Every version that answers callers by weight, with its percent, the largest first."""
+        found: dict[str, int] = {}
+        for arm, per_mille in self.routes.weights:
+            if per_mille:
+                found[version_of(arm)] = found.get(version_of(arm), 0) + per_mille
+        return {version: found[version] / 10 for version in sorted(found, key=lambda v: -found[v])}
 
     @property
     def version(self) -> str:
         """The version with the largest share of the requests."""
-        return version_of(max(self.routes.weights, key=lambda weight: weight[1])[0])
+        return next(iter(self.shares))
 
 
 def canonical_json(value: Any) -> str:
@@ -209,21 +226,32 @@ def verify(entries: Iterable[Entry], head: Receipt | None = None, receipts: Iter
 
 
 def live_at(entries: Iterable[Entry], model: str, time: datetime) -> Live | None:
-    """What answered for `model` at `time` by the ledger's entries in order, or None before its first deployment.
+    """What answered for `model` at `time` by the ledger's entries in order, or None while nothing was deployed.
 
-    An entry whose evidence holds `routes` set them from its time on.
+    An entry whose evidence holds `routes` set them from its time on (null: nothing answers), and `champion` with them. An arm that is
+    only started or kept warm divides no request, so it does not change since when they are divided as they are.
     """
     live: Live | None = None
+    champion, crowned = None, None
     for entry in entries:
-        if entry.model != model or entry.time > time:
+        evidence = entry.evidence if entry.model == model and entry.time <= time else {}
+        if "routes" not in evidence:
             continue
-        raw = entry.evidence.get("routes")
-        if raw is None:
+        if evidence.get("champion") != champion:
+            champion = evidence.get("champion")
+            crowned = entry if champion is not None else None
+        if evidence["routes"] is None:
+            live = None
             continue
-        routes = Routes.from_json(raw)
-        if live is None or routes != live.routes:
-            live = Live(routes, entry.time, entry)
+        routes = Routes.from_json(evidence["routes"])
+        same = live is not None and _division(routes) == _division(live.routes)
+        live = Live(routes, live.entry if live and same else entry, champion, crowned)
     return live
+
+
+def _division(routes: Routes) -> tuple[object, ...]:
+    """What decides who answers a request, or sees a copy of it: the routes without the arms that only run."""
+    return ([weight for weight in routes.weights if weight[1]], routes.mirror, routes.match, routes.sticky)
 
 
 def approval_of(entries: Iterable[Entry], model: str, version: str) -> Entry | None:

@@ -16,7 +16,7 @@ BASELINE = "@baseline"
 
 _ARM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(@baseline)?")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2: what a header or a cookie may be called
-_SALT = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")  # no backslash: the gateway writes the salt into a rewrite pattern
+_SALT = re.compile(r"[A-Za-z0-9._:/@-]{1,128}")  # it goes into a header as it is
 
 
 def version_of(arm: str) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from mlops_dagster.serving.protocol import parse_json
-from mlops_dagster.serving.rows import InputError
+from mlops_dagster.serving.protocol import check_plain, parse_json
+from mlops_dagster.serving.rows import MAXIMUM_ID, InputError, short
 from mlops_dagster.serving.scoring import TensorSpec
 
 DATATYPES: dict[str, np.dtype] = {
@@ -33,6 +33,9 @@ DATATYPES: dict[str, np.dtype] = {
 }
 KIND = {"b": "a boolean", "u": "an unsigned integer", "i": "an integer", "f": "a number", "O": "a string"}
 MAXIMUM_NAME = 200
+MAXIMUM_LENGTH_DIGITS = 18
+MAXIMUM_DIMENSIONS = 2
+"""Rows, and the features of a row: nothing that a model here takes has more."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,9 @@ def parse(body: bytes, header_length: str | None, outputs: tuple[TensorSpec, ...
         raise InputError('The field "inputs" must be a non-empty list of tensors.')
     identity = document.get("id")
     if identity is not None and type(identity) is not str:
-        raise InputError(f'The field "id" must be a string, not {identity!r:.80}.')
+        raise InputError(f'The field "id" must be a string, not {short(identity)}.')
+    if identity is not None and len(identity) > MAXIMUM_ID:
+        raise InputError(f'The field "id" has {len(identity)} characters; at most {MAXIMUM_ID} are taken.')
     tensors = []
     for number, one in enumerate(inputs):
         tensor, tail = _tensor(one, number, tail)
@@ -82,7 +87,9 @@ def parse(body: bytes, header_length: str | None, outputs: tuple[TensorSpec, ...
 def _split(body: bytes, header_length: str | None) -> tuple[Any, memoryview]:
     if header_length is None:
         return parse_json(body), memoryview(b"")
-    if not header_length.isascii() or not header_length.isdigit() or int(header_length) > len(body):
+    check_plain(body)
+    whole = header_length.isascii() and header_length.isdigit() and len(header_length) <= MAXIMUM_LENGTH_DIGITS
+    if not whole or int(header_length) > len(body):
         raise InputError(f"The header Inference-Header-Content-Length is {header_length!r:.40}; the body has {len(body)} bytes.")
     length = int(header_length)
     return parse_json(body[:length]), memoryview(body)[length:]
@@ -91,20 +98,34 @@ def _split(body: bytes, header_length: str | None) -> tuple[Any, memoryview]:
 def _tensor(raw: Any, number: int, tail: memoryview) -> tuple[Tensor, memoryview]:
     if type(raw) is not dict:
         raise InputError(f"inputs[{number}] must be an object with name, shape, datatype and data.")
-    name, datatype, shape = raw.get("name"), raw.get("datatype"), raw.get("shape")
+    name, datatype = raw.get("name"), raw.get("datatype")
     if type(name) is not str or not name:
         raise InputError(f"inputs[{number}].name must be a string.")
     where = f"inputs[{number}] ({name[:MAXIMUM_NAME]})"
     if type(datatype) is not str or datatype not in DATATYPES:
-        raise InputError(f"{where}: datatype {datatype!r:.40} is not one of {', '.join(DATATYPES)}.")
-    if type(shape) is not list or not shape or not all(type(s) is int and s >= 0 for s in shape):
-        raise InputError(f"{where}: shape {shape!r:.80} must be a list of whole numbers, the number of rows first.")
+        raise InputError(f"{where}: datatype {short(datatype)} is not one of {', '.join(DATATYPES)}.")
+    shape = _shape(raw.get("shape"), where)
     size = (_parameters(raw, where)).get("binary_data_size")
     if size is None:
         return Tensor(name, datatype, _from_json(raw.get("data"), datatype, shape, where)), tail
     if type(size) is not int or not 0 <= size <= len(tail):
-        raise InputError(f"{where}: binary_data_size {size!r:.40} does not fit the {len(tail)} bytes that follow the JSON.")
+        raise InputError(f"{where}: binary_data_size {short(size)} does not fit the {len(tail)} bytes that follow the JSON.")
     return Tensor(name, datatype, _from_binary(tail[:size], datatype, shape, where)), tail[size:]
+
+
+def _shape(raw: Any, where: str) -> list[int]:
+    """A shape whose sizes are all positive, so that its product, once it equals the number of values, bounds each of them."""
+    if type(raw) is not list or not raw:
+        raise InputError(f"{where}: shape {short(raw)} must be a list of whole numbers, the number of rows first.")
+    if len(raw) > MAXIMUM_DIMENSIONS:
+        raise InputError(
+            f"{where}: shape {short(raw)} has {len(raw)} dimensions; give [rows] or [rows, 1] for one column, [rows, features] for all."
+        )
+    if not all(type(size) is int and size >= 0 for size in raw):
+        raise InputError(f"{where}: shape {short(raw)} must be a list of whole numbers, the number of rows first.")
+    if 0 in raw:
+        raise InputError(f"{where}: shape {raw} has no rows or no columns; give at least one value.")
+    return raw
 
 
 def _parameters(raw: dict[str, Any], where: str) -> dict[str, Any]:
@@ -125,7 +146,7 @@ def _from_json(data: Any, datatype: str, shape: list[int], where: str) -> np.nda
     element = DATATYPES[datatype]
     for number, value in enumerate(flat):
         if not _accepts(element, value):
-            raise InputError(f"{where}: data[{number}] is {value!r:.80}; {datatype} needs {KIND[element.kind]}.")
+            raise InputError(f"{where}: data[{number}] is {short(value)}; {datatype} needs {KIND[element.kind]}.")
     made = np.empty(len(flat), dtype=object)
     made[:] = flat
     if element.kind == "O":
@@ -207,7 +228,9 @@ def _wanted(document: dict[str, Any], outputs: tuple[TensorSpec, ...]) -> list[t
     for number, one in enumerate(listed):
         name = one.get("name") if type(one) is dict else None
         if name not in names:
-            raise InputError(f"outputs[{number}].name is {name!r:.80}; the model has the outputs {', '.join(names)}.")
+            raise InputError(f"outputs[{number}].name is {short(name)}; the model has the outputs {', '.join(names)}.")
+        if any(name == known for known, _ in wanted):  # each one is a whole copy: a small body must not make an endless answer
+            raise InputError(f"outputs[{number}].name is {name!r}, which is asked for twice.")
         wanted.append((name, bool(_parameters(one, f"outputs[{number}]").get("binary_data", binary))))
     return wanted
 

@@ -40,10 +40,15 @@ def parse_json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        if body.startswith(GZIP_MAGIC) or body.startswith(ZLIB_MAGIC):
-            raise InputError("The body is compressed; send it without Content-Encoding.", 415) from None
+        check_plain(body)
         said = "it is empty" if not body else str(error)
         raise InputError(f"The body is not JSON: {said}.") from None
+
+
+def check_plain(body: bytes) -> None:
+    """Raises InputError (415) for a body that is compressed, as its first bytes tell: no JSON begins like that."""
+    if body.startswith((GZIP_MAGIC, ZLIB_MAGIC)):
+        raise InputError("The body is compressed; send it without Content-Encoding.", 415)
 
 
 def instances(body: bytes) -> list[Any]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlops_dagster.core import ledger
 from mlops_dagster.core.errors import LedgerError
 from mlops_dagster.core.ledger import Entry, NewEntry, Receipt, canonical_json, live_at, seal, verify
-from mlops_dagster.core.routes import Routes
+from mlops_dagster.core.routes import Match, Mirror, Routes
 
 T0 = datetime(2013, 3, 1, tzinfo=UTC)
 
@@ -175,6 +175,64 @@ def test_what_was_live_at_a_time_and_why() -> None:
     assert (during.version, during.routes.percent("2"), during.entry.reason) == ("1", 5.0, "step 1")
     assert during.since == T0 + timedelta(hours=2)
     assert live_at(entries, "flight_delay", T0 + timedelta(days=9)).version == "2"  # type: ignore[union-attr]
+
+
+def routed(*steps: tuple[str, str, Routes | None, str | None]) -> list[Entry]:
+    """A ledger of (kind, version, routes, champion), an hour between two entries."""
+    entries: list[Entry] = []
+    for hour, (kind, version, routes, champion) in enumerate(steps):
+        evidence = {"routes": routes and routes.to_json(), "champion": champion}
+        made = new(hour, kind=kind, subject=version, evidence=evidence, reason=f"why {hour}")
+        entries.append(seal(made, entries[-1].receipt if entries else None))
+    return entries
+
+
+def at(entries: list[Entry], hours: float) -> ledger.Live:
+    found = live_at(entries, "flight_delay", T0 + timedelta(hours=hours))
+    assert found is not None
+    return found
+
+
+def test_what_was_live_with_every_share_and_what_made_the_champion() -> None:
+    entries = routed(
+        (ledger.PROMOTION, "3", Routes.all_to("3"), "3"),
+        (ledger.ROLLOUT_STARTED, "4", Routes.all_to("3", warm=["4"]), "3"),
+        (ledger.ROLLOUT_STEP, "4", Routes.split({"3": 50, "3@baseline": 10, "4": 40}), "3"),
+        (ledger.ROLLOUT_ERROR, "4", Routes.split({"3": 50, "3@baseline": 10, "4": 40}), "3"),
+        (ledger.ROLLOUT_STEP, "4", Routes.split({"3": 0, "4": 100}), "3"),
+        (ledger.ROLLBACK, "4", Routes.all_to("3"), "3"),
+        (ledger.ROLLOUT_STEP, "5", Routes.split({"3": 50, "5": 50}), "3"),
+        (ledger.PROMOTION, "5", Routes.all_to("5", warm=["3"]), "5"),
+        (ledger.ROLLBACK, "3", Routes.all_to("3"), "3"),
+    )
+    told = [at(entries, hour + 0.5) for hour in range(len(entries))]
+    assert [t.shares for t in told[1:4]] == [{"3": 100}, {"3": 60, "4": 40}, {"3": 60, "4": 40}]
+    assert [t.version for t in told] == ["3", "3", "3", "3", "4", "3", "3", "5", "3"]
+    assert [t.entry.reason for t in told] == [f"why {n}" for n in (0, 0, 2, 2, 4, 5, 6, 7, 8)], (
+        "an arm that only runs changes nothing"
+    )
+    assert [t.since for t in told] == [t.entry.time for t in told]
+    assert [t.champion for t in told] == ["3", "3", "3", "3", "3", "3", "3", "5", "3"]
+    assert [t.crowned and t.crowned.sequence for t in told] == [1, 1, 1, 1, 1, 1, 1, 8, 9]
+    assert told[1].routes == Routes.all_to("3", warm=["4"]), "the routes are those of the moment, warm arms included"
+
+
+def test_a_copy_or_a_header_changes_since_when_requests_go_as_they_do() -> None:
+    entries = routed(
+        (ledger.PROMOTION, "3", Routes.all_to("3"), "3"),
+        (ledger.ROLLOUT_STEP, "4", Routes.split({"3": 100}, mirror=Mirror("4")), "3"),
+        (ledger.ROLLOUT_STEP, "4", Routes.split({"3": 100}, match=Match("x-arm", "4", "4")), "3"),
+    )
+    assert [at(entries, hour).entry.sequence for hour in range(3)] == [1, 2, 3]
+
+
+def test_nothing_is_live_after_a_first_deployment_that_failed() -> None:
+    entries = routed(
+        (ledger.ROLLOUT_STEP, "1", Routes.all_to("1"), None),
+        (ledger.ROLLBACK, "1", None, None),
+    )
+    assert (at(entries, 0.5).champion, at(entries, 0.5).crowned) == (None, None)
+    assert live_at(entries, "flight_delay", T0 + timedelta(hours=2)) is None
 
 
 def test_the_later_decision_counts() -> None:

@@ -39,7 +39,7 @@ class Planes:
             time.sleep(1)
         if unknown := [r["plane"] for r in rows if r["plane"] not in self.known]:
             raise DataError(f"plane {unknown[0]!r} is not in the online store")
-        return [{**self.known[r["plane"]], **r} for r in rows]
+        return [{**self.known[r["plane"]]} for r in rows]
 
 
 @pytest.fixture
@@ -89,6 +89,58 @@ def test_the_log_holds_the_completed_features(served: tuple[str, Planes, Path], 
 def test_what_the_store_lacks_is_a_422(served: tuple[str, Planes, Path]) -> None:
     answer = httpx.post(f"{served[0]}/v1/models/m:predict", json={"instances": [{"plane": "N99"}]})
     assert (answer.status_code, "'N99' is not in the online store" in answer.json()["error"]) == (422, True)
+
+
+def test_a_feature_sent_beside_the_keys_is_checked_and_used(served: tuple[str, Planes, Path], number_model: Model) -> None:
+    url, _, root = served
+    whole, key = number_model.instances(2)[1], {"plane": "N1"}
+    changed = httpx.post(f"{url}/v1/models/m:predict", json={"instances": [whole | {"n2": 9.0}]}).json()
+    assert httpx.post(f"{url}/v1/models/m:predict", json={"instances": [key | {"n2": 9, "id": "sent"}]}).json() == changed
+    tensors = [
+        {"name": "plane", "datatype": "BYTES", "shape": [1], "data": ["N1"]},
+        {"name": "n2", "datatype": "FP64", "shape": [1], "data": [9.0]},
+    ]
+    found = httpx.post(f"{url}/v2/models/m/infer", json={"inputs": tensors}).json()
+    assert found["outputs"][0]["data"] == changed["predictions"]
+    httpx.post(f"{url}/admin/flush")
+    rows = read_segments(root, "m", days(root, "m")[0]).to_pylist()
+    assert [row["features"]["n2"] for row in rows] == [9.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"n2": "junk"}, "instances[1].n2 is a string ('junk'); it must be a number."),
+        ({"n2": None}, "instances[1].n2 is null (NaN)"),
+        ({"n9": 1.0}, "instances[1].n9 is not a feature of this model"),
+    ],
+)
+def test_a_wrong_value_beside_the_keys_is_refused_unread(
+    served: tuple[str, Planes, Path], number_model: Model, sent: dict[str, Any], said: str
+) -> None:
+    url, planes, _ = served
+    instances = [number_model.instances(1)[0], {"plane": "N1"} | sent]
+    answer = httpx.post(f"{url}/v1/models/m:predict", json={"instances": instances})
+    assert (answer.status_code, said in answer.json()["error"]) == (400, True), answer.json()
+    assert planes.reads == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        ({"name": "n2", "datatype": "BYTES", "data": ["junk"]}, "The input tensor n2 is BYTES"),
+        ({"name": "n2", "datatype": "FP64", "data": [None]}, "The input tensor n2 "),
+        ({"name": "n9", "datatype": "FP64", "data": [1.0]}, "The input tensor n9 is not a feature"),
+    ],
+)
+def test_a_wrong_tensor_beside_the_keys_is_refused_unread(
+    served: tuple[str, Planes, Path], tensor: dict[str, Any], said: str
+) -> None:
+    url, planes, _ = served
+    inputs = [{"name": "plane", "datatype": "BYTES", "shape": [1], "data": ["N1"]}, {**tensor, "shape": [1]}]
+    answer = httpx.post(f"{url}/v2/models/m/infer", json={"inputs": inputs})
+    assert (answer.status_code, said in answer.json()["error"]) == (400, True), answer.json()
+    assert planes.reads == []
 
 
 def test_a_slow_store_does_not_hold_up_callers_with_whole_rows(served: tuple[str, Planes, Path], number_model: Model) -> None:

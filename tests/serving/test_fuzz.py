@@ -25,6 +25,8 @@ JSON = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | TEXT, inner, max_size=4), max_leaves=12
 )
 GOOD_ROW = {"distance": 0.5, "hour": 3, "carrier": "AA"}
+SIZES = st.sampled_from([0, 1, 2**31, 2**32, 2**62, 2**63, 2**64, 1.0, -(2**63)])
+MANY_ONES = st.integers(60, 70).map(lambda count: [1] * count)  # an array of NumPy has at most 64 dimensions
 DATATYPES = st.sampled_from(["FP32", "FP64", "FP16", "INT8", "INT32", "INT64", "UINT64", "BOOL", "BYTES", "BF16", "x"])
 PATHS = ["/v1/models/m:predict", "/v2/models/m/infer", "/v2/models/m/versions/7/infer"]
 
@@ -45,7 +47,7 @@ def altered_rows(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> dict[str, Any]:
-    shape = draw(st.lists(st.integers(-1, 4), max_size=3) | JSON)
+    shape = draw(st.lists(st.integers(-1, 4) | SIZES, max_size=3) | MANY_ONES | JSON)
     data = draw(st.lists(SCALARS, max_size=12) | JSON)
     made = {"name": draw(NAMES | JSON), "shape": shape, "datatype": draw(DATATYPES | JSON), "data": data}
     if draw(st.booleans()):
@@ -91,6 +93,24 @@ def test_tensors(client: httpx.Client, inputs: list[Any], tail: bytes, split: in
     head = json.dumps({"inputs": inputs, **extra}).encode()
     headers = {} if split is None else {"inference-header-content-length": str(len(head) + split)}
     answered(client, PATHS[1], head + tail, headers)
+
+
+@FUZZ
+@given(
+    shape=st.lists(SIZES, min_size=1, max_size=3) | MANY_ONES,
+    one=st.sampled_from([("FP32", 1, b"\0\0\0\0"), ("BOOL", True, b"\1"), ("BYTES", "a", b"\1\0\0\0a"), ("INT64", 1, bytes(8))]),
+    count=st.integers(0, 2),
+    binary=st.booleans(),
+)
+def test_any_shape(client: httpx.Client, shape: list[Any], one: tuple[str, Any, bytes], count: int, binary: bool) -> None:
+    datatype, value, stored = one
+    sent: dict[str, Any] = {"name": "features", "datatype": datatype, "shape": shape}
+    sent |= {"parameters": {"binary_data_size": len(stored) * count}} if binary else {"data": [value] * count}
+    head = json.dumps({"inputs": [sent]}).encode()
+    if binary:
+        answered(client, PATHS[1], head + stored * count, {"inference-header-content-length": str(len(head))})
+    else:
+        answered(client, PATHS[1], head)
 
 
 @FUZZ

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 from predictor_processes import ROOT, Model, Process, Starter
 
@@ -92,6 +93,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "width": ({"inputs": [tensor("features", "FP32", [1, 4], [1] * 4)]}, "shape [1, 4]; the model has 5 features"),
     "shape and data": ({"inputs": [tensor("features", "FP32", [2, 5], [1] * 9)]}, "needs 10 values, data has 9"),
     "negative shape": ({"inputs": [tensor("features", "FP32", [-1, 5], [1] * 5)]}, "shape [-1, 5] must be"),
+    "no columns": ({"inputs": [tensor("features", "FP32", [3, 0], [])]}, "shape [3, 0] has no rows or no columns"),
+    "no rows of endless width": ({"inputs": [tensor("features", "FP32", [0, 2**62], [])]}, "has no rows"),
+    "endless shape": ({"inputs": [tensor("features", "FP32", [2**63, 2**63], [1] * 5)]}, "values, data has 5"),
+    "fraction in the shape": (
+        {"inputs": [tensor("features", "FP32", [1, 5], [1] * 5) | {"shape": [1.0, 5]}]},
+        "shape [1.0, 5] must be",
+    ),
+    "65 dimensions": ({"inputs": [tensor("features", "FP32", [1] * 65, [1])]}, "has 65 dimensions; give [rows]"),
+    "65 dimensions of strings": ({"inputs": [tensor("features", "BYTES", [1] * 65, ["a"])]}, "has 65 dimensions; give [rows]"),
+    "three dimensions": ({"inputs": [tensor("features", "FP32", [0, 2**62, 8], [])]}, "has 3 dimensions"),
+    "an output twice": ({"outputs": [{"name": "label"}] * 2}, "outputs[1].name is 'label', which is asked for twice"),
     "no rows": ({"inputs": [tensor("features", "FP32", [0, 5], [])]}, "has no rows"),
     "datatype": ({"inputs": [tensor("features", "FLOAT", [1, 5], [1] * 5)]}, "datatype 'FLOAT' is not one of"),
     "strings as numbers": ({"inputs": [tensor("features", "FP32", [1, 5], ["1"] * 5)]}, "data[0] is '1'; FP32 needs a number"),
@@ -124,12 +136,64 @@ def test_binary_data_that_does_not_fit_is_refused(served_numbers: Process) -> No
         (20, bytes(24), None, "4 bytes of binary data belong to no input"),
         (20, bytes(20), "x", "Inference-Header-Content-Length is 'x'"),
         (20, bytes(20), "9999", "Inference-Header-Content-Length is '9999'"),
+        (20, bytes(20), "9" * 5000, "Inference-Header-Content-Length is '9999"),
         (20, b"\xff" * 20, None, "is null (NaN) in row 0"),
     ]:
         text = head % size
         headers = {"inference-header-content-length": length or str(len(text))}
         answer = httpx.post(served_numbers.url + INFER, content=text + tail, headers=headers)
         assert (answer.status_code, message in answer.json()["error"]) == (400, True), answer.text
+
+
+@pytest.mark.parametrize(("shape", "words"), [([1] * 65, "has 65 dimensions"), ([0, 2**62], "has no rows"), ([2**62], "is 20")])
+@pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
+def test_a_shape_of_binary_data_that_no_array_has_is_refused(
+    served_numbers: Process, shape: list[int], words: str, datatype: str
+) -> None:
+    one = {"name": "features", "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": 20}}
+    head = orjson.dumps({"inputs": [one]})
+    tail = b"\x10\0\0\0" + bytes(16)
+    answer = httpx.post(
+        served_numbers.url + INFER, content=head + tail, headers={"inference-header-content-length": str(len(head))}
+    )
+    assert answer.status_code == 400
+    assert "inputs[0] (features)" in answer.json()["error"]
+    assert words in answer.json()["error"] or f"{2**62} strings are announced" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("where", ["id", "name", "shape", "datatype", "data", "size", "output"])
+def test_a_value_that_nests_deeper_than_python_prints_is_refused(served_numbers: Process, where: str) -> None:
+    deep = '{"a":' * 1010 + "1" + "}" * 1010
+    said: dict[str, Any] = {"name": "features", "datatype": "FP32", "shape": [1, 5], "data": [1] * 5}
+    body: dict[str, Any] = {"inputs": [said]}
+    if where == "id":
+        body["id"] = "@"
+    elif where == "output":
+        body["outputs"] = [{"name": "@"}]
+    elif where == "size":
+        said["parameters"] = {"binary_data_size": "@"}
+    else:
+        said[where] = "@" if where != "data" else ["@", 1, 1, 1, 1]
+    answer = httpx.post(served_numbers.url + INFER, content=orjson.dumps(body).replace(b'"@"', deep.encode()))
+    assert answer.status_code == 400, answer.text
+    v1 = httpx.post(f"{served_numbers.url}/v1/models/m:predict", content=f'{{"instances": [[{deep}, 1, 1, 1, 1]]}}')
+    assert (v1.status_code, "instances[0].n0 is an object" in v1.json()["error"]) == (400, True)
+
+
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_is_told_that_it_must_not_compress(served_numbers: Process, algorithm: str, binary: bool) -> None:
+    from tritonclient.http import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    given = InferInput("features", [200, 5], "FP32")
+    given.set_data_from_numpy(np.zeros((200, 5), dtype=np.float32), binary_data=binary)
+    with (
+        InferenceServerClient(served_numbers.url.removeprefix("http://")) as client,
+        pytest.raises(InferenceServerException, match="The body is compressed; send it without Content-Encoding") as refused,
+    ):
+        client.infer("m", [given], request_compression_algorithm=algorithm)
+    assert refused.value.status() == "415"
 
 
 def test_metadata_health_and_both_version_routes(served_numbers: Process, number_model: Model) -> None:

@@ -9,6 +9,7 @@ from predictor_processes import Model
 
 from mlops_dagster.core.errors import ArtifactError
 from mlops_dagster.serving.artifact import Artifact, Feature, Signature, load
+from mlops_dagster.serving.rows import InputError
 from mlops_dagster.serving.scoring import Scorer
 
 
@@ -89,3 +90,21 @@ def test_a_zipmap_is_refused_with_the_remedy(number_model: Model) -> None:
     exported = to_onnx(number_model.estimator, initial_types=[("features", FloatTensorType([None, 5]))])
     with pytest.raises(ArtifactError, match="zipmap=False"):
         Scorer(replace(artifact(number_model), model=exported.SerializeToString()))
+
+
+@pytest.mark.parametrize("value", [-(2**63), -(2**32), 2**31, 2**63 - 1])
+def test_a_number_that_a_32_bit_integer_cannot_hold_is_refused_in_one_row_as_in_many(value: int) -> None:
+    from pathlib import Path
+
+    from onnx import TensorProto, helper
+
+    given = helper.make_tensor_value_info("a", TensorProto.INT32, [None, 1])
+    made = helper.make_tensor_value_info("variable", TensorProto.FLOAT, [None, 1])
+    graph = helper.make_graph([helper.make_node("Cast", ["a"], ["variable"], to=TensorProto.FLOAT)], "g", [given], [made])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    signature = Signature("m", "regression", (Feature("a", "int64"),), onnx_input="columns")
+    scorer = Scorer(Artifact(Path(), "", signature, model.SerializeToString()))
+    assert scorer.one((-5,))[0] == [-5.0]
+    for ask in (lambda: scorer.one((value,)), lambda: scorer.many([np.array([1, value])], 2)):
+        with pytest.raises(InputError, match="outside the range of the 32-bit number"):
+            ask()

@@ -183,6 +183,8 @@ def test_an_unknown_entity_can_be_an_error_that_names_it(store: FeastStore) -> N
         ({"dep_delay": True}, "instance 1: dep_delay is True"),
         ({"event_timestamp": "yesterday"}, "instance 1: event_timestamp is 'yesterday'"),
         ({"event_timestamp": 5}, "instance 1: event_timestamp is 5"),
+        ({"dep_delay": float("inf")}, "instance 1: dep_delay is inf. Send a finite number"),
+        ({"plane_id": float("nan")}, "instance 1: no value for entity key 'plane_id'"),
     ],
 )
 def test_a_wrong_value_is_named(store: FeastStore, change: dict[str, Any], message: str) -> None:
@@ -194,6 +196,15 @@ def test_a_value_that_is_not_sent_is_named(store: FeastStore) -> None:
     for name in ROW:
         with pytest.raises(DataError, match=f"instance 0: no value for .*'{name}'"):
             online(store).complete([{other: value for other, value in ROW.items() if other != name}])
+
+
+def test_a_stored_feature_that_is_sent_is_used_in_place_of_the_stores(store: FeastStore) -> None:
+    sent = {"route_delay": 1.5, "busy": True, "weather": "fog"}
+    (found,) = online(store).complete([ROW | sent])
+    assert {name: found[name] for name in sent} == sent
+    assert found["excess"] == 2.0  # computed from it
+    covered = online(store, missing="error").complete([ROW | {"dest": "nowhere"} | sent])
+    assert covered == [found]
 
 
 def test_more_keys_than_a_statement_takes_are_read_in_parts(store: FeastStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,6 +261,16 @@ def test_every_kind_of_key_value_and_on_demand_view(tmp_path: Path) -> None:
         {"seen": NOW, "path": [], "level": 40, "sum": 45, "half": 2.5},
         {"seen": None, "path": None, "level": 40, "sum": 42, "half": 1.0},
     ]
+    for wrong, said in (
+        (7.5, r"number is 7\.5"),
+        (float("nan"), "no value for entity key 'number'"),
+        (float("inf"), "number is inf"),
+        (2**63, f"number is {2**63}, outside the range"),
+        (-(2**63) - 1, "outside the range"),
+        (1e30, "outside the range"),
+    ):
+        with pytest.raises(DataError, match=said):
+            features.complete([{"number": wrong, "a": 1}])
     with pytest.raises(DataError, match=r"number is 7\.5"):
         features.complete([{"number": 7.5, "a": 1}])
     with pytest.raises(DataError, match=r"on-demand feature view 'one_by_one'.*must take null inputs"):
