@@ -28,10 +28,10 @@ def spells(entries: Iterable[Entry], model: str) -> list[Spell]:
     ended: list[Spell] = []
     running: dict[str, Spell] = {}
     for entry in entries:
-        raw = entry.evidence.get("routes") if entry.model == model else None
-        if raw is None:
+        if entry.model != model or "routes" not in entry.evidence:
             continue
-        served = {version_of(arm) for arm in Routes.from_json(raw).arms}
+        raw = entry.evidence["routes"]  # null: nothing serves
+        served = {version_of(arm) for arm in Routes.from_json(raw).arms} if raw is not None else set()
         for version in [v for v in running if v not in served]:
             spell = running.pop(version)
             ended.append(Spell(version, spell.since, entry.time, spell.began, entry))

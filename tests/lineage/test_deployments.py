@@ -48,3 +48,8 @@ def test_a_spell_covers_its_beginning_but_not_its_end(entries):
 
 def test_another_models_entries_are_none_of_ours(entries):
     assert spells(entries, "other") == []
+
+
+def test_a_first_deployment_that_failed_serves_no_more(entries):
+    failed = seal(NewEntry("rollback", "m", "1", "rollout", at(9), "", {"routes": None}, "failed"), entries[-1].receipt)
+    assert [s.until for s in spells([*entries, failed], "m")][-1] == at(9)
