@@ -19,7 +19,7 @@ from typing import IO
 FOLDER = ".counters"
 LOSSES = "losses.jsonl"
 TEMPORARY = ".tmp-"
-NUMBERS = 8
+NUMBERS = 9
 SIZE = 8 * NUMBERS
 DRAIN_SECONDS = 3.0  # so long does a writer whose predictor is gone try to store the rest
 PATIENCE_SECONDS = DRAIN_SECONDS + 3  # so long does the next predictor wait for it
@@ -64,6 +64,7 @@ class Counters:
     attempted = _Number(5)  # number of the last order to store that was carried out, or refused by the disk (writer)
     failing = _Number(6)  # 1 while the disk refuses (writer)
     writer = _Number(7)  # id of the writer that is ready (writer)
+    progress = _Number(8)  # steps that the writer made: while it changes, the writer is not stuck (writer)
 
     def __init__(self, file: IO[bytes]) -> None:
         self.numbers = memoryview(mmap.mmap(file.fileno(), SIZE)).cast("Q")
@@ -124,8 +125,7 @@ def notice_losses(root: Path, model: str, now: datetime, sleep: Callable[[float]
             file.truncate(SIZE)
             loss = _loss(path.stem, Counters(file), now)
             if loss.possibly_lost:
-                with open(root / model / LOSSES, "a") as losses_file:
-                    losses_file.write(json.dumps(asdict(loss)) + "\n")
+                _record(root / model / LOSSES, loss)
                 losses.append(loss)
             if drained:
                 remove_leftovers(root, model, path.stem)
@@ -138,10 +138,25 @@ def _loss(process: str, counters: Counters, now: datetime) -> Loss:
     return Loss(process, counters.accepted, counters.written, max(0, counters.accepted - counters.written), now.isoformat())
 
 
+def _record(path: Path, loss: Loss) -> None:
+    """A line more, also after half a line that a full disk left."""
+    with open(path, "ab+") as file:
+        if end := file.tell():
+            file.seek(end - 1)
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(asdict(loss)).encode() + b"\n")
+
+
 def read_losses(root: Path | str, model: str) -> list[Loss]:
-    """All losses noticed so far, oldest first."""
+    """All losses noticed so far, oldest first; a line that cannot be read is said and left out."""
     path = Path(root) / model / LOSSES
-    return [Loss(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    losses = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+        try:
+            losses.append(Loss(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            say(f"line {number} of {path} is no loss and is left out (a full disk may have cut it off): {error}")
+    return losses
 
 
 def remove_leftovers(root: Path, model: str, stem: str) -> None:

@@ -21,11 +21,12 @@ from mlops_dagster.serving.log_losses import OwnCounters, say
 from mlops_dagster.serving.log_rows import OPEN, ROWS, STORE, frame
 
 MAXIMUM_WAITING = 500_000
+MAXIMUM_WAITING_BYTES = 256 << 20  # of frames, for a row may be as large as a request
 # Memory of its own: no threads' stacks, no huge pages for Arrow's allocator, and what that frees goes back at once (93 MB instead of 111).
 SMALL = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MIMALLOC_ALLOW_THP": "0", "MIMALLOC_PURGE_DELAY": "0"}
 PIPE_BYTES = 1 << 20  # what Linux lets anybody have
 LATE_SECONDS = 0.5  # an order that waits for so long shows that the writer gets too little time
-STUCK_SECONDS = 60.0  # and one that waits for so long that it will not get on at all
+STUCK_SECONDS = 60.0  # and one that waits for so long, without any progress, that it will not get on at all
 CALM_SECONDS = 2.0  # so long must it be in time again before it is lowered
 REPLACED_CALM_SECONDS, LONGEST_CALM_SECONDS = 60.0, 3600.0
 SETTLED_SECONDS, FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 0.5, 30.0
@@ -44,13 +45,14 @@ class WriterProcess:
         self._arguments = arguments
         self._monotonic = monotonic
         self._priority = _Priority()
-        self._through = 0
+        self._through = self._kept_bytes = 0
         self._kept: deque[tuple[int, int, bytes]] = deque()  # number of the last row, rows, frame
         self._outgoing: deque[tuple[int, bytes | memoryview]] = (
             deque()
         )  # number of the last row (or 0), what is left of the frame
         self._orders: deque[tuple[int, float]] = deque()  # those not carried out, and when they were given
         self._last_order = 0
+        self._progress, self._progress_at = 0, 0.0
         self._child: subprocess.Popen[bytes] | None = None
         self._generation = self._early_ends = 0
         self._started_at = self._next_start = 0.0
@@ -75,6 +77,7 @@ class WriterProcess:
         self._through += rows
         made = frame(ROWS, self._through, content)
         self._kept.append((self._through, rows, made))
+        self._kept_bytes += len(made)
         self._put(self._through, made)
 
     def give_up(self, rows: int) -> None:
@@ -104,8 +107,14 @@ class WriterProcess:
         if self._child is not None:
             waits = now - self._orders[0][1] if self._orders else 0.0
             ready = self._counters.writer == self._child.pid
-            if not self._priority.settle(self._child.pid, ready, waits, now) or waits > STUCK_SECONDS:
+            if not self._priority.settle(self._child.pid, ready, waits, now) or min(waits, self._halted(now)) > STUCK_SECONDS:
                 self._replace(now)
+
+    def _halted(self, now: float) -> float:
+        """For how many seconds the writer has made no step."""
+        if (progress := self._counters.progress) != self._progress:
+            self._progress, self._progress_at = progress, now
+        return now - self._progress_at
 
     def end(self, timeout_seconds: float) -> None:
         """Close the pipe, so that the writer stores the rest and ends; waits for that."""
@@ -144,15 +153,16 @@ class WriterProcess:
     def _forget_stored(self) -> None:
         stored, attempted = self._counters.stored_through, self._counters.attempted
         while self._kept and self._kept[0][0] <= stored:
-            self._kept.popleft()
+            self._kept_bytes -= len(self._kept.popleft()[2])
         while self._orders and self._orders[0][0] <= attempted:
             self._orders.popleft()
 
     def _bound(self) -> None:
-        """Give up the oldest rows when too many wait."""
-        excess, given_up = self._through - self._counters.handled_through - MAXIMUM_WAITING, 0
-        while self._kept and given_up < excess:
-            through, rows, _ = self._kept.popleft()
+        """Give up the oldest rows when too many, or too large ones, wait."""
+        given_up = 0
+        while self._kept and self._waits_more_than(1):
+            through, rows, made = self._kept.popleft()
+            self._kept_bytes -= len(made)
             self._counters.given_up += rows
             self._counters.given_up_through = through
             given_up += rows
@@ -161,8 +171,16 @@ class WriterProcess:
             begun = [self._outgoing.popleft()] if self._outgoing else []  # it may be half sent
             self._outgoing = deque([*begun, *(o for o in self._outgoing if o[0] == 0 or o[0] > limit)])
             if not self._giving_up:
-                say(f"more than {MAXIMUM_WAITING:,} rows wait to be stored in the inference log: the oldest are given up")
-        self._giving_up = given_up > 0 or (self._giving_up and excess > -MAXIMUM_WAITING // 2)
+                say(
+                    f"more than {MAXIMUM_WAITING:,} rows or {MAXIMUM_WAITING_BYTES >> 20} MiB wait to be stored in the inference log: "
+                    "the oldest are given up"
+                )
+        self._giving_up = given_up > 0 or (self._giving_up and self._waits_more_than(0.5))
+
+    def _waits_more_than(self, share: float) -> bool:
+        """Whether what waits takes more than this share of what may wait."""
+        rows = self._through - self._counters.handled_through
+        return rows > share * MAXIMUM_WAITING or self._kept_bytes > share * MAXIMUM_WAITING_BYTES
 
     def _start(self, now: float) -> None:
         self._generation += 1

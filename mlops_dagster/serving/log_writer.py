@@ -7,12 +7,14 @@ is when the predictor closes the pipe or is gone, and stores what came before; s
 
 import json
 import os
+import select
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -26,19 +28,38 @@ from mlops_dagster.serving.log_table import EventTable
 from mlops_dagster.serving.segments import SegmentWriter
 
 ROWS_TOGETHER = 4096  # made into Arrow arrays at once
+BYTES_TOGETHER = 16 << 20  # or so many bytes of the pipe: as Python's objects they take several times that
+STORED_TOGETHER = 65_536  # rows; what a writer that is killed was at is begun again, so it must not be all
 RETRY_SECONDS = 0.25
+MERGE_RETRY_SECONDS = 60.0
 
 
 class Writer:
     """Rows as they come, in tables that wait until they are stored."""
 
     def __init__(
-        self, root: str, counters: str, signature: str, model: str, version: str, arm: str, zone: str, stem: str, generation: int
+        self,
+        root: str,
+        counters: str,
+        signature: str,
+        model: str,
+        version: str,
+        arm: str,
+        zone: str,
+        stem: str,
+        generation: int,
+        is_gone: Callable[[], bool] = lambda: False,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`is_gone` says whether the predictor is: from then on all must be stored within `DRAIN_SECONDS`."""
         self._counters = counters_of(Path(counters))
         self._table = EventTable(Signature.from_json(signature), model, version, arm)
         remove_leftovers(Path(root), model, stem)  # of the writer before, which is gone
-        self._segments = SegmentWriter(Path(root), model, f"{stem}-{generation}-", ZoneInfo(zone))
+        self._segments = SegmentWriter(Path(root), model, f"{stem}-{generation}-", ZoneInfo(zone), progressed=self._progressed)
+        self._is_gone, self._monotonic = is_gone, monotonic
+        self._deadline: float | None = None
+        self._merge_from = monotonic()
+        self._bytes = 0
         self._events: list[tuple[Any, ...]] = []
         self._through = self._arranged = self._counters.stored_through
         self._waiting: deque[tuple[int, pa.Table]] = deque()
@@ -48,46 +69,78 @@ class Writer:
         """Rows up to the number `through`."""
         self._events += unpacked(content)
         self._through = through
-        if through - self._arranged >= ROWS_TOGETHER:
+        self._bytes += len(content)
+        if through - self._arranged >= ROWS_TOGETHER or self._bytes >= BYTES_TOGETHER:
             self._arrange()
+        self._progressed()
 
     def store(self, order: int) -> None:
-        """Store all that came, or find that the disk refuses."""
+        """Store all that came, or find that the disk refuses, or that the predictor has been gone for too long."""
         self._arrange()
-        counters = self._counters
-        while self._waiting:
-            # After a refusal, no more than what shows whether the disk takes rows again.
-            count = 1 if counters.failing else len(self._waiting)
-            batch = [t for _, t in list(self._waiting)[:count]]
-            try:
-                self._segments.write(pa.concat_tables(batch))
-            except (OSError, pa.ArrowException) as error:
-                self._refused(error)
-                break
-            counters.stored_through = self._waiting[count - 1][0]
-            for _ in range(count):
-                self._waiting.popleft()
-            if counters.failing:
-                counters.failing = 0
-                say("the inference log can be written again")
-        counters.attempted = max(order, counters.attempted)
+        while self._waiting and self._store_some():
+            pass
+        self._counters.attempted = max(order, self._counters.attempted)
+        if self._monotonic() < self._merge_from:
+            return
         try:
-            self._segments.merge()
+            self._segments.merge(self._ends)
         except (OSError, pa.ArrowException) as error:
-            say(f"small segments of the inference log stay unmerged: {error}")
+            self._merge_from = self._monotonic() + MERGE_RETRY_SECONDS
+            say(f"small segments of the inference log stay unmerged for {MERGE_RETRY_SECONDS:g} s: {error}")
 
-    def end(self, monotonic: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+    def end(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """Store the rest, for the predictor sends no more: at once, or within `DRAIN_SECONDS` where the disk refuses."""
-        deadline = monotonic() + DRAIN_SECONDS
+        if self._deadline is None:
+            self._deadline = self._monotonic() + DRAIN_SECONDS
         self.store(self._counters.attempted)
-        while self._waiting and monotonic() < deadline:
+        while self._waiting and not self._is_late():
             sleep(RETRY_SECONDS)
             self.store(self._counters.attempted)
+
+    def _store_some(self) -> bool:
+        """Store the oldest tables that wait; whether to go on."""
+        counters = self._counters
+        count = self._together()
+        try:
+            if not self._segments.write(pa.concat_tables([t for _, t in list(self._waiting)[:count]]), self._is_late):
+                return False
+        except (OSError, pa.ArrowException) as error:
+            self._refused(error)
+            return False
+        counters.stored_through = self._waiting[count - 1][0]
+        for _ in range(count):
+            self._waiting.popleft()
+        if counters.failing:
+            counters.failing = 0
+            say("the inference log can be written again")
+        return True
+
+    def _together(self) -> int:
+        """How many tables make a batch; after a refusal, no more than what shows whether the disk takes rows again."""
+        count, rows = 1, self._waiting[0][1].num_rows
+        for _, table in list(self._waiting)[1:]:
+            rows += table.num_rows
+            if self._counters.failing or rows > STORED_TOGETHER:
+                break
+            count += 1
+        return count
+
+    def _ends(self) -> bool:
+        """Whether the predictor sends no more; the time to store the rest begins when that is first seen."""
+        if self._deadline is None and self._is_gone():
+            self._deadline = self._monotonic() + DRAIN_SECONDS
+        return self._deadline is not None
+
+    def _is_late(self) -> bool:
+        return self._ends() and self._monotonic() > (self._deadline or 0.0)
+
+    def _progressed(self) -> None:
+        self._counters.progress += 1
 
     def _arrange(self) -> None:
         """The events so far as a table, and no table that the predictor has given up as a whole."""
         if self._events:
-            events, self._events = self._events, []
+            events, self._events, self._bytes = self._events, [], 0
             self._waiting.append((self._through, self._tabled(events)))
             self._arranged = self._through
         while self._waiting and self._waiting[0][0] <= self._counters.given_up_through:
@@ -109,6 +162,13 @@ class Writer:
             say(f"the inference log cannot be written: {error}. Rows wait in memory; free or fix the disk")
 
 
+def _is_closed(number: int) -> bool:
+    """Whether nobody can write into the pipe `number` any more, though it may still hold something."""
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
 def main() -> int:
     """Store what comes on standard input until it ends; returns 0."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -120,7 +180,7 @@ def main() -> int:
         if kind == OPEN:
             arguments: dict[str, Any] = json.loads(content)
             try:
-                writer = Writer(**arguments)
+                writer = Writer(**arguments, is_gone=partial(_is_closed, sys.stdin.fileno()))
             except FileNotFoundError:
                 return 0  # the predictor is gone, and its loss was noticed
         elif writer and kind == ROWS:

@@ -155,7 +155,7 @@ def short_id(value: str, number: int) -> str:
 
 def event_times(values: Iterable[object]) -> list[datetime | None]:
     """`event_time` of each row of a request; raises InputError also where they lie on more than `MAXIMUM_DAYS` days (in UTC)."""
-    moments = [event_time(value, number) for number, value in enumerate(values)]
+    moments = [None if value is None else event_time(value, number) for number, value in enumerate(values)]
     if len(moments) > MAXIMUM_DAYS and (days := len({m.toordinal() for m in moments if m})) > MAXIMUM_DAYS:
         raise InputError(
             f"The event_timestamp values of the rows lie on {days} days; at most {MAXIMUM_DAYS} are taken. Send the rows of each year in "

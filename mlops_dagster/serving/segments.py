@@ -7,8 +7,9 @@ occur twice (a request sent again, a compaction that was interrupted): readers s
 import datetime as dt
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 
 from mlops_dagster.core.errors import StorageError
 from mlops_dagster.serving.artifact import Signature
-from mlops_dagster.serving.log_losses import TEMPORARY
+from mlops_dagster.serving.log_losses import TEMPORARY, say
 
 TIME = pa.timestamp("us", tz="UTC")
 ARROW: dict[str, pa.DataType] = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
@@ -30,6 +31,8 @@ READ_ATTEMPTS = 20
 REPETITIVE = ["model", "version", "arm", "prediction_label"]
 WITH_STATISTICS = ["logged_at", "event_timestamp"]
 LARGE = 1_000_000  # rows in a segment that is not merged any more: whoever merges keeps new rows waiting
+LARGE_BYTES = 512 << 20  # and its bytes, as they are in memory
+T = TypeVar("T")
 
 
 def schema(signature: Signature | None = None) -> pa.Schema:
@@ -58,62 +61,126 @@ def local_days(moments_us: np.ndarray, zone: ZoneInfo) -> list[tuple[str, np.nda
 
     Zone offsets change, and days begin, only at full quarters of an hour (since 1972), so one look-up for each quarter is enough.
     """
-    quarters, inverse = np.unique(moments_us // QUARTER_US, return_inverse=True)
-    names = np.array([dt.datetime.fromtimestamp(int(q) * 900, zone).strftime("%Y-%m-%d") for q in quarters])
-    by_row = names[inverse]
-    return [(str(day), np.flatnonzero(by_row == day)) for day in sorted(set(names.tolist()))]
+    if not len(moments_us):
+        return []
+    quarters, quarter_of = np.unique(moments_us // QUARTER_US, return_inverse=True)
+    names, day_of = np.unique([str(dt.datetime.fromtimestamp(int(q) * 900, zone).date()) for q in quarters], return_inverse=True)
+    by_row = day_of[quarter_of]
+    order = np.argsort(by_row, kind="stable")
+    return list(zip(names.tolist(), np.split(order, np.searchsorted(by_row[order], np.arange(1, len(names)))), strict=True))
+
+
+def _never() -> bool:
+    return False
+
+
+def _nothing() -> None:
+    pass
 
 
 class SegmentWriter:
-    """Writes whole segments, and merges `fan_in` small ones into a larger one, so that a day does not end as 100,000 files."""
+    """Writes whole segments, and merges `fan_in` small ones into a larger one, so that a day does not end as 100,000 files.
 
-    def __init__(self, root: Path, model: str, stem: str, zone: ZoneInfo, fan_in: int = 64) -> None:
+    `progressed` is called after each segment that was made, named or read: many days take long, and that is not being stuck.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: str,
+        stem: str,
+        zone: ZoneInfo,
+        fan_in: int = 64,
+        progressed: Callable[[], None] = _nothing,
+    ) -> None:
         self._folder = root / model
         self._stem = stem
         self._zone = zone
         self._fan_in = fan_in
+        self._progressed = progressed
         self._sequence = itertools.count(1)
         self._levels: dict[tuple[str, int], list[Path]] = {}
 
-    def write(self, table: pa.Table) -> None:
+    def write(self, table: pa.Table, late: Callable[[], bool] = _never) -> bool:
         """Store all rows of `table`, a segment for each day; raises OSError or ArrowException when the disk refuses.
 
-        After an error nothing of it is there, so that trying again and again does not fill the disk with one of two days.
+        After an error nothing of it is there, so that trying again and again does not fill the disk with one of two days. Segments get
+        their names when all are made: a process that is killed before leaves only what `remove_leftovers` finds. False when `late` said
+        so before all were made; those that were are stored.
         """
-        moments = table["event_timestamp"].cast(pa.int64()).to_numpy()
-        stored: list[tuple[str, Path]] = []
+        made: list[tuple[str, Path]] = []
+        named: list[tuple[str, Path]] = []
+        whole = True
         try:
-            for day, rows in local_days(moments, self._zone):
-                part = table if len(rows) == table.num_rows else table.take(pa.array(rows))
-                stored.append((day, self._put(day, part)))
+            for day, part in self._by_day(table):
+                if late():
+                    whole = False
+                    break
+                made.append((day, self._make(day, part)))
+            for day, temporary in made:
+                named.append((day, self._name(temporary)))
         except BaseException:
-            for _, path in stored:
+            for _, path in (*made, *named):
                 path.unlink(missing_ok=True)
             raise
-        for day, path in stored:
+        for day, path in named:
             self._levels.setdefault((day, 0), []).append(path)
+        return whole
 
-    def merge(self) -> None:
-        """Merge segments that have become many; raises OSError or ArrowException, and then all segments are still there."""
+    def _by_day(self, table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+        found = local_days(table["event_timestamp"].cast(pa.int64()).to_numpy(), self._zone)
+        if len(found) > 1:
+            table = table.take(pa.array(np.concatenate([rows for _, rows in found])))
+        begin = 0
+        for day, rows in found:
+            yield day, table.slice(begin, len(rows))
+            begin += len(rows)
+
+    def merge(self, late: Callable[[], bool] = _never) -> None:
+        """Merge segments that have become many, until `late` says so; raises OSError or ArrowException, and then all rows are still there.
+
+        A segment that is damaged is named once and stays as it is: it is not merged.
+        """
         for day, level in list(self._levels):
             while len(self._levels[day, level]) >= self._fan_in:
-                small = [p for p in self._levels[day, level] if p.exists()]
-                if sum(pq.read_metadata(p).num_rows for p in small) <= LARGE:
-                    self._merge(day, level + 1, small)
-                self._levels[day, level] = []
+                if late():
+                    return
+                self._merge(day, level)
                 level += 1
                 self._levels.setdefault((day, level), [])
 
-    def _merge(self, day: str, level: int, small: list[Path]) -> None:
+    def _merge(self, day: str, level: int) -> None:
+        sizes = {p: s for p in self._levels[day, level] if (s := self._sound(_size, p))}
+        small = {}
+        if sum(rows for rows, _ in sizes.values()) <= LARGE and sum(size for _, size in sizes.values()) <= LARGE_BYTES:
+            small = {p: t for p in sizes if (t := self._sound(_read, p)) is not None}
         if small:
-            self._levels.setdefault((day, level), []).append(self._put(day, pa.concat_tables(map(_read, small))))
+            large = self._name(self._make(day, pa.concat_tables(small.values())))
+            self._levels.setdefault((day, level + 1), []).append(large)
+        self._levels[day, level] = []  # before they go: one that stays is not merged again and again
         for path in small:
             path.unlink(missing_ok=True)
 
-    def _put(self, day: str, table: pa.Table) -> Path:
+    def _sound(self, read: Callable[[Path], T], path: Path) -> T | None:
+        """What `read` gives, None where the segment is gone or damaged; raises OSError where the disk is to blame."""
+        try:
+            found = read(path)
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # Parquet's own complaints have no number
+                raise
+            say(
+                f"a segment of the inference log is damaged and is not merged: {path}: {error}. Move it away: its day cannot be read"
+            )
+            return None
+        self._progressed()
+        return found
+
+    def _make(self, day: str, table: pa.Table) -> Path:
+        """A whole segment that readers do not see."""
         folder = self._folder / f"day={day}"
-        name = f"{self._stem}{next(self._sequence):06d}.parquet"
-        temporary = folder / f"{TEMPORARY}{name}"
+        temporary = folder / f"{TEMPORARY}{self._stem}{next(self._sequence):06d}.parquet"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(
@@ -124,11 +191,22 @@ class SegmentWriter:
                 use_dictionary=REPETITIVE,  # type: ignore[arg-type]
                 write_statistics=WITH_STATISTICS,  # type: ignore[arg-type]
             )
-            os.replace(temporary, folder / name)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        return folder / name
+        self._progressed()
+        return temporary
+
+    def _name(self, temporary: Path) -> Path:
+        """Have readers see a segment."""
+        path = temporary.with_name(temporary.name.removeprefix(TEMPORARY))
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        self._progressed()
+        return path
 
 
 def days(root: Path | str, model: str) -> list[dt.date]:
@@ -187,6 +265,12 @@ def _written_since(folder: Path, moment: dt.datetime) -> list[Path]:
     limit = moment.timestamp() - 1
     folders = [day for day in folder.glob("day=*") if day.stat().st_mtime >= limit]
     return sorted(p for day in folders for p in day.glob("[!.]*.parquet") if p.stat().st_mtime >= limit)
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Rows, and bytes as they are in memory."""
+    found = pq.read_metadata(path)
+    return found.num_rows, sum(found.row_group(i).total_byte_size for i in range(found.num_row_groups))
 
 
 def _read(path: Path) -> pa.Table:
