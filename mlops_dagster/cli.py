@@ -280,16 +280,16 @@ def decided(decision: Any, model: str, number: int, by: str, reason: str) -> Non
 
 
 def home() -> Path:
-    """The state folder, made where it is new, as every child process must see it. Raises StorageError where it cannot be used."""
+    """The state folder, as every child process must see it. Raises StorageError where it cannot be made or used; makes nothing yet."""
     from mlops_dagster.core.errors import StorageError
 
     root = settings().root
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    there = next(folder for folder in (root, *root.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = f"{there} cannot be written" if there.is_dir() else f"{there} is not a directory"
         raise StorageError(
-            f"the state folder {root} cannot be made or used ({error.strerror}); set MLOPS_HOME to a folder that can be written"
-        ) from None
+            f"the state folder {root} cannot be made or used ({why}); set MLOPS_HOME to a folder that can be written"
+        )
     os.environ["MLOPS_HOME"] = str(root)
     return root
 

@@ -178,7 +178,8 @@ def test_a_writer_is_stuck_when_it_makes_no_step_not_when_an_order_takes_long(tm
     clock, counters = Clock(), own_counters(tmp_path)
     process = WriterProcess(counters, arguments(tmp_path, counters), clock)
     process.look()
-    (first,) = psutil.Process().children()
+    assert process._child is not None
+    first = psutil.Process(process._child.pid)
     first.suspend()
     try:
         process.send(1, packed([event(FIRST, 1)]))

@@ -179,6 +179,8 @@ def test_two_processes_meet_at_a_database_that_does_not_exist(tmp_path: Path) ->
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         start = time.time() + 4
         runs = pool.starmap(_log_once, [(uri, start), (uri, start)])
+        pool.close()
+        pool.join()  # they end by themselves: `terminate` waits for ever where SIGTERM is ignored
     assert runs[0] == runs[1]
 
 
