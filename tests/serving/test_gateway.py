@@ -21,6 +21,7 @@ from mlops_dagster.profiles import Settings, embedded
 from mlops_dagster.resources.live_metrics.gateway import GatewayMetrics
 from mlops_dagster.resources.serving import ServingOptions
 from mlops_dagster.resources.serving.embedded import EmbeddedServing, hash_api_key
+from mlops_dagster.resources.serving.envoy_admin import EnvoyAdmin
 from mlops_dagster.resources.serving.state import Folder, free_port
 from tests.contracts.serving.artifacts import ROW, make_arm
 from tests.serving.gateway_hosts import FAULTY, eventually, new_model, predict_url, ready, serving_host
@@ -244,6 +245,16 @@ def test_metrics_per_arm_count_requests_errors_and_latency(host: EmbeddedServing
     assert metrics.measure(model, begin).at >= begin
     with pytest.raises(ServingError, match="no metrics of nobody"):
         metrics.totals("nobody")
+
+
+def test_an_answers_latency_is_counted_as_soon_as_the_answer(host: EmbeddedServing, model: str, tmp_path: Path) -> None:
+    host.apply(model, [make_arm(tmp_path, "1")], Routes.all_to("1"))
+    ready(host, model)
+    admin = EnvoyAdmin(Folder(host.root).socket("admin"))
+    counted = lambda: sum(max(n for _, n in cluster) for name, cluster in admin.latencies().items() if name.startswith(model))  # noqa: E731
+    for number in (1, 2, 3):  # the first may come just before Envoy merges its histograms, the others come just after
+        httpx.post(predict_url(host, model), json=ROW).raise_for_status()
+        assert eventually(lambda number=number: counted() == number, seconds=3)  # type: ignore[misc]
 
 
 def test_api_keys_are_asked_for_and_only_their_digests_are_kept(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def bootstrap(admin_socket: str, folder: str) -> Json:
         "node": {"id": "gateway", "cluster": "mlops"},
         "admin": {"address": {"pipe": {"path": admin_socket, "mode": 0o600}}},
         "dynamic_resources": {"lds_config": _source(folder, "lds"), "cds_config": _source(folder, "cds")},
+        # Histograms show what was merged last: with the default of 5 s a version that is slow would be found out that much later.
+        "stats_flush_interval": "1s",
         "stats_config": {"histogram_bucket_settings": [buckets], "stats_matcher": {"exclusion_list": {"patterns": [split]}}},
         "overload_manager": {
             "resource_monitors": [

@@ -4,7 +4,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from mlops_dagster.core.errors import TransientError
@@ -12,6 +13,7 @@ from mlops_dagster.core.errors import TransientError
 LOCAL = "local"
 _MEBIBYTE = 1024 * 1024
 _LOCAL_STARTS = 4
+_REMOVALS = 50
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -41,7 +43,16 @@ def ray_session(address: str, cpus: int, object_store_mebibytes: int) -> Iterato
     finally:
         ray.shutdown()
         if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
+
+
+def _remove(folder: str, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Remove Ray's files; again for a while, for what is written while one removes them keeps the folder: Ray's processes end late."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        sleep(0.1)
 
 
 def _start_patiently(address: str, cpus: int, object_store_mebibytes: int, scratch: str | None) -> None:
